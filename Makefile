@@ -1,0 +1,65 @@
+# Tallygate. `make help` lists what there is; `make run` is all that is needed to try it.
+# Needs: Python 3.11 or later with venv. Everything else is installed into .venv, versions and
+# hashes locked in requirements/.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+LOCK   := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+          --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint lua lock clean
+
+help:  ## This list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+run: $(VENV)/run.stamp  ## Run everything in this terminal, stores included (ARGS="--gateway-port 9090")
+	@exec $(BIN)/tallygate up $(ARGS)
+
+test: $(VENV)/dev.stamp  ## Run all tests (ARGS="tests/unit -k period")
+	@$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp lua  ## Check style, types, imports and Lua
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+lua: $(VENV)/dev.stamp
+	@$(BIN)/python tools/lua_check.py
+
+lock: $(VENV)/dev.stamp  ## Write requirements/*.txt anew (UPGRADE=1: with the newest versions)
+	@$(BIN)/$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/run.in \
+	  --extra embedded --output-file requirements/run.txt
+	@$(BIN)/$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/dev.in \
+	  --extra embedded --extra dev --output-file requirements/dev.txt
+	@! grep -n '://' requirements/run.txt requirements/dev.txt
+
+clean:  ## Remove .venv and caches; the data in .tallygate stay
+	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# A stamp is newer than what it was made from, so a second `make` has nothing to do.
+$(VENV)/created.stamp:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: no $(PYTHON): install Python 3.11 or later (Debian: apt install python3 python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $$($(PYTHON) --version) is too old, 3.11 or later is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "make: $(PYTHON) comes without venv (Debian: apt install python3-venv)" >&2; exit 1; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# Two stamps: `make run` does not wait for the tools of `make test`.
+$(VENV)/run.stamp: $(VENV)/created.stamp requirements/run.txt pyproject.toml
+	@echo "installing into $(VENV)"
+	@$(PIP) --require-hashes -r requirements/run.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt
+	@echo "installing the development tools into $(VENV)"
+	@$(PIP) --require-hashes -r requirements/dev.txt
+	@touch $@

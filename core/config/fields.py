@@ -1,0 +1,307 @@
+"""The scalar field types of the models: each parses human text and describes itself to JSON Schema.
+
+A validator raises `UnitError`, so that a message carries what was wrong and what is accepted; the
+loader adds the path and the value. `${...}` is accepted by every schema, as an editor cannot know
+what the environment will say.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Annotated, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
+
+from core.config import units
+from core.config.units import UnitError
+
+NAME_PATTERN = r"^[a-z][a-z0-9_]{0,62}$"
+_NAME = re.compile(NAME_PATTERN)
+_HOST = re.compile(r"^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?$")
+_METHOD = re.compile(r"^[A-Z][A-Z-]{1,31}$")
+_HEADER = re.compile(r"^[a-z0-9!#$%&'*+.^_`|~-]{1,64}$")
+_PATH = re.compile(r"^/[^\s?#*]*$")
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# An environment reference is text until it is filled in, whatever the field's own type is.
+_REFERENCE = {"type": "string", "pattern": r"\$\{"}
+
+
+def _json(*variants: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [*variants, _REFERENCE]})
+
+
+def _text(pattern: str | None = None, **extra: Any) -> dict[str, Any]:
+    return {"type": "string", **({"pattern": pattern} if pattern else {}), **extra}
+
+
+def preset(default: object, text: Any, alias: str | None, description: str) -> Any:
+    """A `Field` whose default is `default` in code and `text` (human spelling) in the schema."""
+    return Field(
+        default=default, alias=alias, description=description, json_schema_extra={"default": text}
+    )
+
+
+def duration(text: str, alias: str, description: str) -> Any:
+    """A `Field` for a duration named `alias` in the file, with a default such as `50ms`."""
+    return preset(units.parse_duration(text), text, alias, description)
+
+
+class Address(NamedTuple):
+    """A TCP address to listen on."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+def parse_address(value: object) -> Address:
+    """`127.0.0.1:8080`, `[::1]:8080` or `localhost:8080`.
+
+    Raises:
+        UnitError: anything else.
+    """
+    if isinstance(value, Address):
+        return value
+    reason = "not an address; write host:port, such as 127.0.0.1:8080 or [::1]:8080"
+    host, colon, port = value.strip().rpartition(":") if isinstance(value, str) else ("", "", "")
+    if not colon or not (port.isascii() and port.isdigit()) or len(port) > 5:
+        raise UnitError(value, reason)
+    if not 1 <= int(port) <= 65_535:
+        raise UnitError(value, "the port must be from 1 to 65535")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise UnitError(value, reason) from None
+    elif not _HOST.fullmatch(host):
+        raise UnitError(value, reason)
+    return Address(host, int(port))
+
+
+def parse_network(value: object) -> Network:
+    """A CIDR such as `10.0.0.0/8`; one address is a network of one.
+
+    Raises:
+        UnitError: not a network, or with bits set outside its mask.
+    """
+    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
+        return value
+    if not isinstance(value, str):
+        raise UnitError(value, "not a network; write a CIDR, such as 10.0.0.0/8")
+    try:
+        return ipaddress.ip_network(value.strip())
+    except ValueError:
+        pass
+    try:
+        whole = ipaddress.ip_network(value.strip(), strict=False)
+    except ValueError:
+        raise UnitError(value, "not a network; write a CIDR, such as 10.0.0.0/8") from None
+    raise UnitError(value, f"an address inside a network; write {whole} for the network")
+
+
+def parse_upstream_url(value: object) -> str:
+    """`http://host:port`, without credentials, path or query; a final `/` is dropped.
+
+    Raises:
+        UnitError: anything else.
+    """
+    accepted = "write http://host:port, such as http://127.0.0.1:9000"
+    if not isinstance(value, str):
+        raise UnitError(value, f"not a URL; {accepted}")
+    text = value.strip()
+    scheme = text.partition("://")[0].lower() if "://" in text else text.partition(":")[0].lower()
+    if scheme in ("https", "unix"):
+        raise UnitError(value, f"{scheme} upstreams are not supported yet; {accepted}")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise UnitError(value, f"not a URL; {accepted}") from None
+    if scheme != "http" or not parts.hostname or port == 0:
+        raise UnitError(value, f"not an http URL; {accepted}")
+    if parts.username is not None or parts.password is not None:
+        raise UnitError(value, f"credentials do not belong in an upstream URL; {accepted}")
+    if parts.path not in ("", "/") or "?" in text or "#" in text:
+        raise UnitError(value, f"a path or a query does not belong in an upstream URL; {accepted}")
+    if ":" in parts.hostname:
+        try:
+            ipaddress.IPv6Address(parts.hostname)
+        except ValueError:
+            raise UnitError(value, f"not a URL; {accepted}") from None
+    elif not _HOST.fullmatch(parts.hostname):
+        raise UnitError(value, f"not a URL; {accepted}")
+    return text.removesuffix("/")
+
+
+def store_url(*schemes: str) -> Callable[[object], str | None]:
+    """A validator for a store's URL; empty text is unset. Its messages never hold the URL."""
+
+    def parse(value: object) -> str | None:
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        if not isinstance(value, str) or value.strip().partition("://")[0] not in schemes:
+            accepted = ", ".join(f"{scheme}://" for scheme in schemes)
+            raise UnitError("(hidden)", f"not a URL of this store; it starts with {accepted}")
+        return value.strip()
+
+    return parse
+
+
+def empty_as_none(value: object) -> object:
+    """Empty text, which an unset environment variable leaves behind, is no value."""
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def integer(low: int, high: int | None = None) -> Callable[[object], int]:
+    """A validator for an integer from `low` to `high`."""
+
+    def parse(value: object) -> int:
+        number = units.parse_integer(value)
+        if number < low or (high is not None and number > high):
+            span = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise UnitError(value, f"out of range; write a whole number, {span}")
+        return number
+
+    return parse
+
+
+def _parse_workers(value: object) -> int | None:
+    if value is None or value == "auto":
+        return None
+    try:
+        return integer(1)(value)
+    except UnitError:
+        raise UnitError(value, "not a number of workers; write auto or 1 or more") from None
+
+
+def _parse_flag(value: object) -> bool:
+    # Text too: ${ACCESS_LOG:-false} is text once it is filled in.
+    if isinstance(value, bool):
+        return value
+    if value in ("true", "false"):
+        return value == "true"
+    raise UnitError(value, "not a switch; write true or false")
+
+
+def _parse_positive_duration(value: object) -> int:
+    ms = units.parse_duration(value)
+    if ms < 1:
+        raise UnitError(value, "too short; write at least 1ms")
+    return ms
+
+
+def parse_name(value: object) -> str:
+    """A name that identifies counters: `[a-z][a-z0-9_]{0,62}`.
+
+    Raises:
+        UnitError: anything else.
+    """
+    if isinstance(value, str) and _NAME.fullmatch(value):
+        return value
+    raise UnitError(
+        value,
+        "not a name; write a lower-case letter, then up to 62 lower-case letters, digits or _",
+    )
+
+
+def parse_path(value: object) -> str:
+    """A path to match: exact, such as `/search`, or a prefix, such as `/weather/*`.
+
+    Raises:
+        UnitError: anything else.
+    """
+    if isinstance(value, str):
+        stem = value.removesuffix("*") if value.endswith("/*") else value
+        if _PATH.fullmatch(stem) and "//" not in stem and not {".", ".."} & set(stem.split("/")):
+            return value
+    raise UnitError(value, "not a path; write /exact, or /prefix/* for everything below it")
+
+
+def _parse_prefix(value: object) -> str:
+    if isinstance(value, str) and _PATH.fullmatch(value) and not value.endswith("/"):
+        return value
+    raise UnitError(value, "not a prefix; write /name, without / at the end")
+
+
+def _pattern(
+    pattern: re.Pattern[str], change: Callable[[str], str], reason: str
+) -> BeforeValidator:
+    def parse(value: object) -> str:
+        text = change(value.strip()) if isinstance(value, str) else ""
+        if not pattern.fullmatch(text):
+            raise UnitError(value, reason)
+        return text
+
+    return BeforeValidator(parse)
+
+
+_INT = {"type": "integer"}
+DurationMs = Annotated[
+    int, BeforeValidator(_parse_positive_duration), _json(_text(units.DURATION_PATTERN))
+]
+DurationOrZeroMs = Annotated[
+    int, BeforeValidator(units.parse_duration), _json(_text(units.DURATION_PATTERN))
+]
+Rate = Annotated[
+    tuple[int, int], BeforeValidator(units.parse_rate), _json(_text(units.RATE_PATTERN))
+]
+Quantity = Annotated[
+    Decimal,
+    BeforeValidator(units.parse_quantity),
+    _json({"type": "number", "minimum": 0}, _text(units.QUANTITY_PATTERN)),
+]
+Count = Annotated[
+    int,
+    BeforeValidator(integer(1)),
+    _json({**_INT, "minimum": 1}, _text(units.INTEGER_PATTERN)),
+]
+CountOrZero = Annotated[
+    int,
+    BeforeValidator(integer(0)),
+    _json({**_INT, "minimum": 0}, _text(units.INTEGER_PATTERN)),
+]
+Decimals = Annotated[
+    int, BeforeValidator(integer(0, 6)), _json({**_INT, "minimum": 0, "maximum": 6})
+]
+# None is `auto`: one worker a core that the process may use.
+Workers = Annotated[
+    int | None, PlainValidator(_parse_workers), _json({"const": "auto"}, {**_INT, "minimum": 1})
+]
+Flag = Annotated[bool, BeforeValidator(_parse_flag), _json({"type": "boolean"})]
+Listen = Annotated[
+    Address, PlainValidator(parse_address), WithJsonSchema(_text(examples=["127.0.0.1:8080"]))
+]
+Cidr = Annotated[
+    Network, PlainValidator(parse_network), WithJsonSchema(_text(examples=["10.0.0.0/8"]))
+]
+UpstreamUrl = Annotated[
+    str, BeforeValidator(parse_upstream_url), _json(_text(r"^[Hh][Tt][Tt][Pp]://"))
+]
+Name = Annotated[str, BeforeValidator(parse_name), WithJsonSchema(_text(NAME_PATTERN))]
+MatchPath = Annotated[str, BeforeValidator(parse_path), _json(_text(r"^/"))]
+Prefix = Annotated[str, BeforeValidator(_parse_prefix), _json(_text(r"^/"))]
+Host = Annotated[
+    str,
+    _pattern(_HOST, str.lower, "not a host; write a name without a port, such as api.example.com"),
+    WithJsonSchema(_text()),
+]
+Method = Annotated[
+    str,
+    _pattern(_METHOD, str.upper, "not a method; write GET, POST, PUT, PATCH, DELETE, …"),
+    WithJsonSchema(_text()),
+]
+HeaderName = Annotated[
+    str,
+    _pattern(_HEADER, str.lower, "not a header name; write letters, digits and -"),
+    WithJsonSchema(_text()),
+]

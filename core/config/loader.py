@@ -1,0 +1,98 @@
+"""Reads `config.yaml`: every problem at once, each with its path, its value and the fix."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import ValidationError
+
+from core import clock
+from core.config import document
+from core.config.compile import Meters, Plans, compile_upstreams, mapping
+from core.config.fields import Address, parse_address
+from core.config.models import Config, ControlSettings, GatewaySettings
+from core.config.problems import Problems
+from core.config.routing import compile_routes
+from core.config.snapshot import Snapshot
+from core.config.units import UnitError
+from core.errors import ConfigError
+
+
+def load(path: str | os.PathLike[str], env: Mapping[str, str] | None = None) -> Snapshot:
+    """The configuration in a file; `env` fills `${NAME}`, the process environment by default.
+
+    Raises:
+        ConfigError: the file cannot be read, or has problems; it holds all of them.
+    """
+    source = os.fspath(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(source, [f"cannot be read: {error.strerror or error}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(source, [f"not UTF-8 text, at byte {error.start}"]) from None
+    return loads(text, source, env)
+
+
+def loads(text: str, source: str = "config.yaml", env: Mapping[str, str] | None = None) -> Snapshot:
+    """The configuration in YAML text; `source` names it in messages.
+
+    Raises:
+        ConfigError: it has problems; it holds all of them.
+    """
+    doc = document.read(text, source, os.environ if env is None else env)
+    problems = Problems(doc)
+    settings: Config | None = None
+    try:
+        settings = Config.model_validate(doc.data)
+    except ValidationError as error:
+        problems.add_validation(error)
+    # The checks across sections run on whatever is sound, so that one look shows everything.
+    meters = Meters(doc.data, problems)
+    upstreams = compile_upstreams(doc.data)
+    plans = Plans(doc.data, meters, problems)
+    routes = compile_routes(
+        doc.data, set(mapping(doc.data, "upstreams")), meters, plans.known, problems
+    )
+    _check_addresses(doc.data, problems)
+    if problems or settings is None:
+        raise ConfigError(source, problems.lines())
+    return Snapshot(
+        settings=settings,
+        meters=MappingProxyType(meters.compiled),
+        plans=MappingProxyType(plans.compiled),
+        routes=routes,
+        upstreams=MappingProxyType(upstreams),
+        source=source,
+        digest=hashlib.sha256(text.encode()).hexdigest(),
+        loaded_at_ms=clock.now_ms(),
+    )
+
+
+def _check_addresses(data: Mapping[str, Any], problems: Problems) -> None:
+    """Gateway and control cannot share an address; a wildcard host shares with every other."""
+    gateway = _listen(data, "gateway", GatewaySettings().listen)
+    control = _listen(data, "control", ControlSettings().listen)
+    if gateway is None or control is None or gateway.port != control.port:
+        return
+    wildcards = {"0.0.0.0", "::"}  # noqa: S104 - recognised, not listened on
+    if gateway.host == control.host or wildcards & {gateway.host, control.host}:
+        # Said where it is written, as the other one may be a default.
+        section = "control" if "listen" in mapping(data, "control") else "gateway"
+        other = (
+            f"gateway.listen ({gateway})" if section == "control" else f"control.listen ({control})"
+        )
+        problems.add((section, "listen"), f"already taken by {other}; change the port of one")
+
+
+def _listen(data: Mapping[str, Any], section: str, default: Address) -> Address | None:
+    raw = mapping(data, section).get("listen")
+    try:
+        return default if raw is None else parse_address(raw)
+    except UnitError:
+        return None

@@ -1,0 +1,224 @@
+"""The typed root of `config.yaml` and the sections that set up the processes.
+
+Attribute names carry the unit (`timeout_ms`), the file's keys do not (`timeout: 50ms`). The
+descriptions below become the JSON Schema that editors complete from. What is sold and counted
+(meters, plans, routes, upstreams) is in `catalog`, and compiled to `core.policy` by `compile`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+
+from core.config.base import Section
+from core.config.catalog import MeterSpec, PlanSpec, RouteSpec, UpstreamSpec
+from core.config.fields import (
+    Address,
+    Cidr,
+    Count,
+    DurationMs,
+    DurationOrZeroMs,
+    Flag,
+    HeaderName,
+    Listen,
+    Name,
+    Workers,
+    duration,
+    empty_as_none,
+    preset,
+    store_url,
+)
+
+REDIS_SCHEMES = (
+    "redis",
+    "rediss",
+    "unix",
+    "redis+cluster",
+    "rediss+cluster",
+    "redis+sentinel",
+    "rediss+sentinel",
+)
+POSTGRES_SCHEMES = ("postgresql", "postgres")
+
+
+class KeySettings(Section):
+    """Where a request carries its API key."""
+
+    headers: tuple[HeaderName, ...] = Field(
+        default=("authorization", "x-api-key"),
+        description="Headers a key may be read from, in this order; authorization means Bearer.",
+    )
+    query: str | None = Field(
+        default=None,
+        description="Query parameter a key may be read from; none by default, as URLs get logged.",
+    )
+
+
+class KeyCacheSettings(Section):
+    """The cache of key look-ups in each gateway worker."""
+
+    size: Count = preset(100_000, 100_000, None, "Keys held at most.")
+    ttl_ms: DurationMs = duration("5m", "ttl", "How long a valid key is trusted unasked.")
+    negative_ttl_ms: DurationOrZeroMs = duration(
+        "30s", "negative_ttl", "How long an unknown key is refused unasked; 0s asks every time."
+    )
+
+
+class HeaderSettings(Section):
+    """Which limit headers an answer carries."""
+
+    ratelimit: Flag = preset(True, True, None, "RateLimit and RateLimit-Policy.")
+    legacy: Flag = preset(True, True, None, "X-RateLimit-Limit, -Remaining and -Reset.")
+
+
+class AdmissionSettings(Section):
+    """How checks travel to Redis."""
+
+    timeout_ms: DurationMs = duration(
+        "50ms", "timeout", "A check that takes longer counts as an outage."
+    )
+    max_batch: Count = preset(128, 128, None, "Checks sent in one script call at most.")
+    max_in_flight: Count = preset(2, 2, None, "Script calls on their way at once, a worker.")
+
+
+class GatewaySettings(Section):
+    """The data plane: the proxy in front of the APIs."""
+
+    listen: Listen = preset(
+        Address("127.0.0.1", 8080), "127.0.0.1:8080", None, "Address to listen on, host:port."
+    )
+    workers: Workers = preset(
+        None, "auto", None, "Worker processes; auto is one a core this process may use."
+    )
+    key: KeySettings = Field(
+        default_factory=KeySettings, description="Where a request carries its API key."
+    )
+    key_cache: KeyCacheSettings = Field(
+        default_factory=KeyCacheSettings, description="The cache of key look-ups."
+    )
+    trusted_proxies: tuple[Cidr, ...] = Field(
+        default=(),
+        description="Networks (CIDR) whose X-Forwarded-For is believed; nobody by default.",
+    )
+    headers: HeaderSettings = Field(
+        default_factory=HeaderSettings, description="Which limit headers an answer carries."
+    )
+    admission: AdmissionSettings = Field(
+        default_factory=AdmissionSettings, description="How checks travel to Redis."
+    )
+    access_log: Flag = preset(False, False, None, "One log line a request.")
+    drain_ms: DurationOrZeroMs = duration(
+        "10s", "drain", "How long requests in flight may take to finish at shutdown."
+    )
+
+
+class ControlSettings(Section):
+    """The control plane: usage and management APIs, console, portal."""
+
+    listen: Listen = preset(
+        Address("127.0.0.1", 8081), "127.0.0.1:8081", None, "Address to listen on, host:port."
+    )
+
+
+class ReconcilerSettings(Section):
+    """The background process that carries counts into the ledger."""
+
+    flush_interval_ms: DurationMs = duration(
+        "1s", "flush_interval", "Time between two flushes of live counters to the ledger."
+    )
+    batch: Count = preset(1_000, 1_000, None, "Subjects flushed in one transaction at most.")
+
+
+class RedisSettings(Section):
+    """Redis or Valkey: the live counters."""
+
+    url: Annotated[str | None, BeforeValidator(store_url(*REDIS_SCHEMES))] = Field(
+        default=None,
+        repr=False,  # may hold a password
+        description="redis://, rediss:// or unix:// URL; unset, `tallygate up` embeds a server.",
+    )
+    timeout_ms: DurationMs = duration("50ms", "timeout", "Longest wait for one answer.")
+
+
+class PostgresSettings(Section):
+    """Postgres: the system of record."""
+
+    url: Annotated[str | None, BeforeValidator(store_url(*POSTGRES_SCHEMES))] = Field(
+        default=None,
+        repr=False,  # may hold a password
+        description="postgresql:// URL; unset, `tallygate up` embeds a server.",
+    )
+    pool: Count = preset(4, 4, None, "Connections a process holds at most.")
+    timeout_ms: DurationMs = duration("5s", "timeout", "Longest wait for one statement.")
+
+
+class LogSettings(Section):
+    """Logs, on standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe level that is written."
+    )
+    format: Literal["auto", "console", "json"] = Field(
+        default="auto", description="auto is console on a terminal, json elsewhere."
+    )
+
+
+class SecretSettings(Section):
+    """Secrets. Give them as ${VARIABLE}, not in the file."""
+
+    key_pepper: Annotated[SecretStr | None, BeforeValidator(empty_as_none)] = Field(
+        default=None, description="Mixed into the hash of every API key; changing it voids them."
+    )
+
+
+class TelemetrySettings(Section):
+    """How the processes expose metrics."""
+
+    metrics_dir: Annotated[str | None, BeforeValidator(empty_as_none)] = Field(
+        default=None,
+        description="Directory in which workers share their metrics; unset: a new one.",
+    )
+
+
+class Config(Section):
+    """The whole of `config.yaml`."""
+
+    gateway: GatewaySettings = Field(
+        default_factory=GatewaySettings, description="The proxy in front of the APIs."
+    )
+    control: ControlSettings = Field(
+        default_factory=ControlSettings, description="Usage and management APIs, console, portal."
+    )
+    reconciler: ReconcilerSettings = Field(
+        default_factory=ReconcilerSettings, description="The background process."
+    )
+    redis: RedisSettings = Field(default_factory=RedisSettings, description="The live counters.")
+    postgres: PostgresSettings = Field(
+        default_factory=PostgresSettings, description="The system of record."
+    )
+    log: LogSettings = Field(default_factory=LogSettings, description="Logs.")
+    secrets: SecretSettings = Field(
+        default_factory=SecretSettings, description="Secrets, as ${VARIABLE}."
+    )
+    telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings, description="Metrics.")
+    meters: dict[Name, MeterSpec] = Field(
+        default_factory=dict, description="What is counted; `requests` exists undeclared."
+    )
+    upstreams: dict[Name, UpstreamSpec] = Field(
+        default_factory=dict, description="Where admitted requests go."
+    )
+    routes: tuple[RouteSpec, ...] = Field(
+        default=(), description="What requests match; the first that matches is taken."
+    )
+    plans: dict[Name, PlanSpec] = Field(
+        default_factory=dict, description="What is sold: named sets of limits."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, data: Any) -> Any:
+        # `gateway:` with every line under it commented out reads as null: all defaults.
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if value is not None}
+        return data

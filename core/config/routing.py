@@ -1,0 +1,144 @@
+"""Compiles the routes: references, names, costs, and routes that no request can reach."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from core.config.catalog import MatchSpec, RouteSpec
+from core.config.compile import Meters, attempt, mapping
+from core.config.document import Path
+from core.config.problems import Problems, did_you_mean
+from core.policy import Route
+
+_LONGEST_NAME = 63
+
+
+def derived_name(match: MatchSpec, taken: set[str]) -> str:
+    """A name from the path (`/weather/*` is `weather`), made unique by methods or a number."""
+    stem = re.sub(r"[^a-z0-9]+", "_", match.path.lower()).strip("_") or "root"
+    stem = stem if stem[0].isalpha() else f"r_{stem}"
+    if stem[:_LONGEST_NAME] in taken and match.methods:
+        stem = f"{stem}_{'_'.join(match.methods).lower().replace('-', '_')}"
+    name, number = stem[:_LONGEST_NAME], 2
+    while name in taken:
+        suffix = f"_{number}"
+        name, number = stem[: _LONGEST_NAME - len(suffix)] + suffix, number + 1
+    return name
+
+
+def covers(first: MatchSpec, second: MatchSpec) -> bool:
+    """Whether every request that matches `second` matches `first` too."""
+    if first.host and first.host != second.host:
+        return False
+    if first.methods and not (second.methods and set(second.methods) <= set(first.methods)):
+        return False
+    if first.path.endswith("/*"):
+        return second.path.startswith(first.path[:-1])
+    return first.path == second.path
+
+
+def compile_routes(
+    data: Mapping[str, Any],
+    upstreams: set[str],
+    meters: Meters,
+    plans: set[str],
+    problems: Problems,
+) -> tuple[Route, ...]:
+    """The sound routes, in match order. `upstreams` and `plans` are the names in the file."""
+    raw_routes = data.get("routes")
+    if not isinstance(raw_routes, list):
+        return ()
+    # Names that are written come first, so that a derived one never takes them.
+    taken: set[str] = set()
+    for index, raw in enumerate(raw_routes):
+        name = raw.get("name") if isinstance(raw, dict) else None
+        if isinstance(name, str):
+            if name in taken:
+                problems.add(("routes", index, "name"), "another route has this name; change one")
+            taken.add(name)
+    earlier: list[tuple[int, MatchSpec]] = []
+    routes: list[Route] = []
+    for index, raw in enumerate(raw_routes):
+        if not isinstance(raw, dict):
+            continue
+        path: Path = ("routes", index)
+        _refer(path, raw, upstreams, meters, plans, problems)
+        match: MatchSpec | None = attempt(MatchSpec, raw.get("match"))
+        if match is not None:
+            _reachable(path, match, earlier, problems)
+            earlier.append((index, match))
+        spec: RouteSpec | None = attempt(RouteSpec, raw)
+        if spec is not None:
+            name = spec.name or derived_name(spec.match, taken)
+            taken.add(name)
+            routes.append(_route(path, name, spec, meters, problems))
+    return tuple(routes)
+
+
+def _refer(
+    path: Path,
+    raw: Mapping[str, Any],
+    upstreams: set[str],
+    meters: Meters,
+    plans: set[str],
+    problems: Problems,
+) -> None:
+    upstream, plan = raw.get("upstream"), raw.get("plan")
+    if isinstance(upstream, str) and upstream not in upstreams:
+        hint = did_you_mean(upstream, upstreams)
+        problems.add((*path, "upstream"), f"unknown upstream; declare it under upstreams{hint}")
+    for meter in mapping(raw, "meters"):
+        meters.refer((*path, "meters", meter), meter, value=False)
+    keyless = raw.get("keyless") in (True, "true")
+    if keyless and plan is None:
+        problems.add((*path, "plan"), "a keyless route needs a plan; name one", value=False)
+    elif not keyless and plan is not None:
+        problems.add(
+            (*path, "plan"),
+            "a key brings its own plan; remove this, or write keyless: true",
+        )
+    elif isinstance(plan, str) and plan not in plans:
+        hint = did_you_mean(plan, plans)
+        problems.add((*path, "plan"), f"unknown plan; declare it under plans{hint}")
+
+
+def _reachable(
+    path: Path, match: MatchSpec, earlier: list[tuple[int, MatchSpec]], problems: Problems
+) -> None:
+    for index, other in earlier:
+        if covers(other, match):
+            same = "is the same match" if covers(match, other) else "matches all of it"
+            problems.add(
+                (*path, "match"),
+                f"never reached: routes[{index}] ({other.path}) comes first and {same}; "
+                "remove one, or put the narrower one first",
+            )
+            return
+
+
+def _route(path: Path, name: str, spec: RouteSpec, meters: Meters, problems: Problems) -> Route:
+    prefix = spec.strip_prefix
+    if prefix and not f"{spec.match.path}/".startswith(f"{prefix}/"):
+        problems.add(
+            (*path, "strip_prefix"),
+            f"the path {spec.match.path} does not begin with it; shorten it",
+        )
+    costs = {}
+    for meter, cost in spec.meters.items():
+        units = meters.scale((*path, "meters", meter), meter, cost)
+        if units is not None:
+            costs[meter] = units
+    return Route(
+        name=name,
+        path=spec.match.path,
+        upstream=spec.upstream,
+        methods=frozenset(spec.match.methods or ()),
+        host=spec.match.host or "",
+        strip_prefix=prefix or "",
+        costs=costs,
+        keyless=spec.keyless,
+        plan=spec.plan or "",
+        forward_key=spec.forward_key,
+    )

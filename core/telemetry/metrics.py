@@ -1,0 +1,188 @@
+"""Every metric of every process: name, labels, unit, meaning. Base units only (seconds, counts).
+
+Labels come from the configuration (routes, plans, upstreams) or from the closed sets written at the
+metric, never from a request: a client cannot create a time series.
+
+The hot path does not write here but to `local.LocalMetrics`. Everything else does, directly:
+`metrics.flush_seconds.observe(0.012)`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from prometheus_client import Counter, Gauge, Histogram, values
+
+from core.telemetry import directory as metrics_directory
+
+_ADMISSION_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_UPSTREAM_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_BATCH = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_STORE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+_Mode = Literal["livesum", "livemax", "livemin"]
+
+
+class BatchHistogram(Histogram):
+    """A histogram that also takes observations already sorted into its buckets."""
+
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """Adds `counts[i]` observations to bucket i (the last one is +Inf), `total` to the sum.
+
+        Raises:
+            ValueError: as many counts as buckets are needed.
+        """
+        for bucket, count in zip(self._buckets, counts, strict=True):
+            if count:
+                bucket.inc(count)
+        self._sum.inc(total)
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """The upper bounds, inclusive, without +Inf."""
+        return tuple(self._upper_bounds[:-1])
+
+
+def _counter(name: str, text: str, *labels: str) -> Counter:
+    return Counter(f"tallygate_{name}", text, labels, registry=None)
+
+
+def _gauge(name: str, text: str, mode: _Mode, *labels: str) -> Gauge:
+    # Only live modes: a dead process must not go on reporting a state.
+    return Gauge(f"tallygate_{name}", text, labels, registry=None, multiprocess_mode=mode)
+
+
+def _histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> BatchHistogram:
+    return BatchHistogram(f"tallygate_{name}", text, labels, registry=None, buckets=buckets)
+
+
+class Metrics:
+    """The catalogue. Made by `setup`, once a process; safe across fork."""
+
+    def __init__(self, directory: Path, membership: metrics_directory.Membership) -> None:
+        self.directory = directory
+        self.membership = membership
+
+        # Gateway: requests.
+        self.requests = _counter(
+            "requests_total",
+            "Requests answered, by outcome: admitted, overage, limited (429), unauthorized (401), "
+            "payment (402), forbidden (403), unrouted (404, 405), outage (503 of ours), "
+            "upstream_error (502, 504 of ours), client_gone, error (500 of ours).",
+            "route", "plan", "outcome",
+        )  # fmt: skip
+        self.requests_in_flight = _gauge(
+            "requests_in_flight", "Requests being served at this moment.", "livesum"
+        )
+        self.admission_seconds = _histogram(
+            "admission_seconds",
+            "Time a request waited for its decision, batching and Redis included.",
+            _ADMISSION_S,
+        )
+        self.admission_batch_size = _histogram(
+            "admission_batch_size", "Checks that shared one script call.", _BATCH
+        )
+        self.limit_events = _counter(
+            "limit_events_total",
+            "Things limits reported: refused, shadow_refused, warned, overage, threshold.",
+            "kind",
+        )
+        self.key_cache_hits = _counter(
+            "key_cache_hits_total", "Keys found in a worker's cache: valid or invalid.", "kind"
+        )
+        self.key_cache_misses = _counter(
+            "key_cache_misses_total", "Keys that had to be looked up: valid, invalid.", "kind"
+        )
+        self.upstream_seconds = _histogram(
+            "upstream_seconds",
+            "Time from sending a request upstream to the head of its response.",
+            _UPSTREAM_S,
+            "upstream",
+        )
+        self.upstream_errors = _counter(
+            "upstream_errors_total",
+            "Upstream failures: connect, timeout, reset, protocol.",
+            "upstream", "kind",
+        )  # fmt: skip
+
+        # All processes.
+        self.processes = _gauge(
+            "processes", "Processes alive, workers counted.", "livesum", "process"
+        )
+        self.redis_errors = _counter(
+            "redis_errors_total",
+            "Failed Redis calls: timeout, connection, script, readonly, oom, other.",
+            "kind",
+        )
+        self.postgres_seconds = _histogram(
+            "postgres_seconds", "Time of a named Postgres query.", _STORE_S, "query"
+        )
+        self.postgres_errors = _counter(
+            "postgres_errors_total", "Failed Postgres calls, time-outs included."
+        )
+        self.config_reloads = _counter(
+            "config_reloads_total", "Configuration loads: applied, refused, unchanged.", "result"
+        )
+        # Named for the bad case: a value that was never set is 0, also in a forked child.
+        self.config_stale = _gauge(
+            "config_stale", "1 while a process runs on after refusing a new file.", "livemax"
+        )
+        self.config_info = _gauge(
+            "config_info",
+            "1 for each configuration a process runs; two series at 1 are two configurations.",
+            "livemax",
+            "digest",
+        )
+        self.log_lines_dropped = _counter(
+            "log_lines_dropped_total", "Log lines dropped because their reader stalled."
+        )
+
+        # Reconciler.
+        self.flush_lag_seconds = _gauge(
+            "flush_lag_seconds", "Age of the oldest count that is not in the ledger yet.", "livemax"
+        )
+        self.dirty_subjects = _gauge(
+            "dirty_subjects", "Subjects with counts that are not in the ledger yet.", "livemax"
+        )
+        self.flush_subjects = _counter("flush_subjects_total", "Subjects copied into the ledger.")
+        self.flush_seconds = _histogram("flush_seconds", "Time of one flush.", _STORE_S)
+
+        self._config_digest: str | None = None
+
+    def config_applied(self, digest: str) -> None:
+        """A configuration is in force: `digest` identifies its content."""
+        if self._config_digest is not None and self._config_digest != digest:
+            self.config_info.labels(self._config_digest).set(0)
+        self._config_digest = digest
+        self.config_info.labels(digest).set(1)
+        self.config_stale.set(0)
+        self.config_reloads.labels("applied").inc()
+
+    def config_refused(self) -> None:
+        """A new configuration was refused; the old one stays in force."""
+        self.config_stale.set(1)
+        self.config_reloads.labels("refused").inc()
+
+
+def setup(directory: str | Path | None, process: str) -> Metrics:
+    """Joins the metrics directory and makes the catalogue; before the first metric is written.
+
+    Args:
+        directory: `telemetry.metrics_dir`; None takes `TALLYGATE_METRICS_DIR` or a private one.
+        process: gateway, control or reconciler.
+
+    Raises:
+        OSError: the directory cannot be created or written.
+    """
+    path = Path(directory) if directory else metrics_directory.resolve(None)
+    membership = metrics_directory.Membership(path, process)
+    # prometheus_client reads the variable whenever it opens a file, and takes the value class when
+    # a metric is made, so no import order is needed.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(path)
+    values.ValueClass = values.MultiProcessValue(membership.identity)  # type: ignore[no-untyped-call]
+    metrics = Metrics(path, membership)
+    metrics.processes.labels(process).set(1)
+    return metrics

@@ -1,0 +1,290 @@
+"""Micro-batching: checks that arrive in the same event-loop tick leave as one script call.
+
+At most `max_in_flight` calls are under way; what arrives meanwhile waits for the next one, so a
+batch grows by itself under load and an idle gateway never waits to fill one. With
+`appendfsync always` this is group commit: one fsync makes the whole batch durable before any of
+its requests goes upstream.
+
+Failure: a call that is not answered within the time-out fails its whole batch, drops the
+connection (replies are matched by order) and every check after it fails at once, until a
+connection is back. No check ever waits in line for a Redis that does not answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from core import clock
+from core.admission.program import Program, Verdict
+from core.errors import StoreUnavailableError
+from core.period import calendar_bounds
+from core.redis.connection import Connection, RedisReplyError
+from core.redis.scripts import Script
+
+# Reconnection starts soon, since a Redis restart is short, and backs off so that a dead one is not
+# hammered by every worker.
+_BACKOFF_FIRST_S = 0.02
+_BACKOFF_MAX_S = 1.0
+_CONNECT_TIMEOUT_S = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Check:
+    """One request's check. `keys` are the state key and the lease keys, in the program's order."""
+
+    program: Program
+    keys: tuple[str, ...]
+    period_start_ms: int
+    period_end_ms: int
+    lease: str
+    future: asyncio.Future[Sequence[int]]
+
+
+@dataclass(slots=True)
+class BatchStats:
+    """Counters since start; `on_batch(size, seconds)` is called for each answered batch."""
+
+    batches: int = 0
+    checks: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+
+    def error(self, kind: str) -> None:
+        self.errors[kind] = self.errors.get(kind, 0) + 1
+
+
+class Batcher:
+    """Runs checks of one shard through `lua/admit.lua` on one pipelined connection."""
+
+    def __init__(
+        self,
+        url: str,
+        script: Script,
+        dirty_key: str,
+        events_key: str,
+        *,
+        timeout_s: float = 0.05,
+        max_batch: int = 128,
+        max_in_flight: int = 2,
+        on_batch: Callable[[int, float], None] | None = None,
+        on_error: Callable[[str], None] | None = None,
+        now_ms: clock.Clock = clock.now_ms,
+    ) -> None:
+        self._url = url
+        self._script = script
+        self._shard_keys = (dirty_key, events_key)
+        self._timeout_s = timeout_s
+        self._max_batch = max_batch
+        self._max_in_flight = max_in_flight
+        self._on_batch = on_batch
+        self._on_error = on_error
+        self._now_ms = now_ms
+        self._loop = asyncio.get_running_loop()
+        self._pending: list[Check] = []
+        self._flush_scheduled = False
+        self._in_flight = 0
+        self._connection: Connection | None = None
+        self._reconnecting: asyncio.Task[None] | None = None
+        self._closed = False
+        self._calendar: tuple[int, ...] = ()
+        self.clock_offset_ms = 0  # Redis time minus ours, as of the last answer
+        self.stats = BatchStats()
+
+    # Life cycle
+
+    async def start(self) -> None:
+        """Connects once; when Redis is away, goes on trying in the background."""
+        try:
+            await self._connect()
+        except StoreUnavailableError:
+            self._error("connect")
+            self._reconnect()
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._reconnecting
+        if self._connection is not None:
+            self._connection.close()
+        self._fail(self._take(len(self._pending)), StoreUnavailableError("shutting down"))
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None and not self._connection.closed
+
+    async def _connect(self) -> None:
+        connection = await Connection.open(self._url, _CONNECT_TIMEOUT_S)
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                await connection.execute("SCRIPT", "LOAD", self._script.source)
+        except (RedisReplyError, TimeoutError) as error:
+            connection.close()
+            raise StoreUnavailableError(f"Redis: {error}") from error
+        self._connection = connection
+
+    def _reconnect(self) -> None:
+        if self._closed or (self._reconnecting is not None and not self._reconnecting.done()):
+            return
+        self._reconnecting = self._loop.create_task(self._reconnect_loop())
+
+    async def _reconnect_loop(self) -> None:
+        delay = _BACKOFF_FIRST_S
+        while not self._closed:
+            try:
+                await self._connect()
+                return
+            except StoreUnavailableError:
+                self._error("connect")
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, _BACKOFF_MAX_S)
+
+    def _error(self, kind: str) -> None:
+        self.stats.error(kind)
+        if self._on_error is not None:
+            self._on_error(kind)
+
+    # Checks
+
+    def redis_now_ms(self) -> int:
+        """Our best guess of Redis time. It only picks period boundaries; the script decides."""
+        return self._now_ms() + self.clock_offset_ms
+
+    def submit(
+        self,
+        program: Program,
+        keys: tuple[str, ...],
+        period_start_ms: int,
+        period_end_ms: int,
+        lease: str,
+    ) -> asyncio.Future[Sequence[int]]:
+        """Queues a check. The future gives `[now ms, status, flags, remaining, reset, ...]`.
+
+        It fails with `StoreUnavailableError` when Redis is away or does not answer in time.
+        """
+        future: asyncio.Future[Sequence[int]] = self._loop.create_future()
+        if self._connection is None or self._connection.closed:
+            self._reconnect()
+            future.set_exception(StoreUnavailableError("Redis is not connected"))
+            return future
+        self._pending.append(Check(program, keys, period_start_ms, period_end_ms, lease, future))
+        if not self._flush_scheduled and self._in_flight < self._max_in_flight:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+        return future
+
+    def _take(self, count: int) -> list[Check]:
+        taken, self._pending = self._pending[:count], self._pending[count:]
+        return taken
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        while self._pending and self._in_flight < self._max_in_flight:
+            if len(self._pending) <= self._max_batch:
+                batch, self._pending = self._pending, []
+            else:
+                batch = self._take(self._max_batch)
+            self._send(batch)
+
+    def _send(self, batch: list[Check]) -> None:
+        connection = self._connection
+        if connection is None or connection.closed:
+            self._fail(batch, StoreUnavailableError("Redis is not connected"))
+            self._reconnect()
+            return
+        now_ms = self.redis_now_ms()
+        calendar = self._calendar
+        if not calendar or not calendar[0] <= now_ms < calendar[1]:
+            calendar = self._calendar = calendar_bounds(now_ms)
+        programs: dict[int, int] = {}
+        texts: list[bytes] = []
+        keys: list[str] = [*self._shard_keys]
+        arguments: list[int | str] = []
+        for check in batch:
+            index = programs.get(id(check.program))
+            if index is None:
+                texts.append(check.program.text)
+                index = programs[id(check.program)] = len(texts)
+            keys += check.keys
+            arguments += (index, check.period_start_ms, check.period_end_ms, check.lease)
+        started = clock.monotonic()
+        self._in_flight += 1
+        reply = connection.execute(
+            "EVALSHA",
+            self._script.sha,
+            len(keys),
+            *keys,
+            len(texts),
+            *calendar,
+            *texts,
+            *arguments,
+        )
+        timer = self._loop.call_later(self._timeout_s, self._timed_out, connection)
+        reply.add_done_callback(lambda done: self._answered(done, batch, started, timer))
+
+    def _timed_out(self, connection: Connection) -> None:
+        self._error("timeout")
+        connection.close(f"no answer within {self._timeout_s * 1000:.0f} ms")
+
+    def _answered(
+        self,
+        reply: asyncio.Future[list[int]],
+        batch: list[Check],
+        started: float,
+        timer: asyncio.TimerHandle,
+    ) -> None:
+        timer.cancel()
+        self._in_flight -= 1
+        error = reply.exception()
+        if error is not None:
+            self._refused(error, batch)
+        else:
+            numbers = reply.result()
+            now_ms = numbers[0]
+            self.clock_offset_ms = now_ms - self._now_ms()
+            self.stats.batches += 1
+            self.stats.checks += len(batch)
+            if self._on_batch is not None:
+                self._on_batch(len(batch), clock.monotonic() - started)
+            at = 1
+            for check in batch:
+                status = numbers[at]
+                size = check.program.answer_size if status <= Verdict.REJECT else 1
+                if not check.future.done():
+                    check.future.set_result((now_ms, *numbers[at : at + size]))
+                at += size
+        if self._pending:
+            self._flush()
+
+    def _refused(self, error: BaseException, batch: list[Check]) -> None:
+        connection = self._connection
+        if isinstance(error, RedisReplyError) and connection is not None:
+            if str(error).startswith("NOSCRIPT"):
+                # SCRIPT FLUSH or a restart behind a proxy: load it and run the batch again. Nothing
+                # ran, so nothing is counted twice.
+                self._error("noscript")
+                connection.execute("SCRIPT", "LOAD", self._script.source).add_done_callback(_ignore)
+                self._send(batch)
+                return
+            self._error("script")
+            self._fail(batch, StoreUnavailableError(f"Redis: {error}"))
+            return
+        self._fail(batch, error)
+        if self._pending:
+            self._fail(self._take(len(self._pending)), error)
+        self._reconnect()
+
+    @staticmethod
+    def _fail(batch: list[Check], error: BaseException) -> None:
+        for check in batch:
+            if not check.future.done():
+                check.future.set_exception(error)
+
+
+def _ignore(done: asyncio.Future[object]) -> None:
+    """Retrieves an outcome nobody waits for: the command behind it in the pipeline tells."""
+    if not done.cancelled():
+        done.exception()

@@ -1,0 +1,96 @@
+"""Find the API key in a request: in one pass over its headers, then in the query string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from urllib.parse import quote_plus, unquote_to_bytes
+
+from core.secrets import KEY_START
+
+_AUTHORIZATION = b"authorization"
+_BEARER = b"bearer "
+_KEY_START = KEY_START.encode()
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Source:
+    """Where a key was found, so that it can be taken out before the request goes on.
+
+    Exactly one is set: `header`, a lower-case name as in ASGI, or `query`, a parameter name as it
+    stands in a URL.
+    """
+
+    __slots__ = ("header", "query")
+
+    def __init__(self, header: bytes | None = None, query: bytes | None = None) -> None:
+        self.header = header
+        self.query = query
+
+    def __repr__(self) -> str:
+        return f"Source(header={self.header!r}, query={self.query!r})"
+
+
+Found = tuple[bytes | None, Source | None]
+_NOTHING: Found = (None, None)
+
+
+class KeyExtractor:
+    """Compiled from `gateway.key`: header names and a query parameter to look at.
+
+    `authorization` means its Bearer credentials. A value that starts like one of our keys wins
+    over one that does not, so a caller may send the upstream's own Bearer token beside a key in
+    `x-api-key`; among equals the earlier header of the request wins.
+    """
+
+    __slots__ = ("_query", "_query_source", "_sources")
+
+    def __init__(
+        self,
+        headers: Sequence[str] = ("authorization", "x-api-key"),
+        query: str | None = None,
+    ) -> None:
+        self._sources = {
+            name: Source(header=name) for name in (text.lower().encode() for text in headers)
+        }
+        self._query = quote_plus(query).encode() + b"=" if query else b""
+        self._query_source = Source(query=self._query[:-1])
+
+    def extract(self, headers: Headers, query_string: bytes) -> Found:
+        """The key and its source; `(None, None)` when the request carries none.
+
+        `headers` are ASGI's: lower-case names, values, both bytes.
+        """
+        sources = self._sources
+        other = _NOTHING
+        for name, value in headers:
+            if name in sources:
+                if name != _AUTHORIZATION:
+                    key = value.strip()
+                elif value[:7].lower() == _BEARER:
+                    key = value[7:].strip()
+                else:
+                    continue
+                if key.startswith(_KEY_START):
+                    return key, sources[name]
+                if key and other is _NOTHING:
+                    other = (key, sources[name])
+        if self._query and query_string:
+            key = self._from_query(query_string)
+            if key.startswith(_KEY_START) or (key and other is _NOTHING):
+                return key, self._query_source
+        return other
+
+    def _from_query(self, query_string: bytes) -> bytes:
+        start = self._query
+        for part in query_string.split(b"&"):
+            if part.startswith(start):
+                value = part[len(start) :]
+                return unquote_to_bytes(value) if b"%" in value else value
+        return b""
+
+
+def without_parameter(query_string: bytes, name: bytes) -> bytes:
+    """`query_string` without any `name=…` parameter, the rest byte for byte."""
+    start = name + b"="
+    return b"&".join(part for part in query_string.split(b"&") if not part.startswith(start))

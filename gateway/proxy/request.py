@@ -1,0 +1,241 @@
+"""The request as the upstream gets it: its path and its header fields, as bytes.
+
+A `RequestRules` is compiled once per route. The path's percent-encoding is passed on byte for byte:
+what a router decodes to match is never what is forwarded. One thing ASGI cannot tell: `/a?` and
+`/a` arrive alike and leave as `/a`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Final, NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from gateway.forwarded import TrustedProxies
+from gateway.proxy.errors import BadRequest
+from gateway.proxy.headers import HOP_BY_HOP, Header, Target, connection_tokens
+
+Scope = Mapping[str, Any]
+
+_FORWARDED: Final = frozenset(
+    (
+        b"forwarded",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-port",
+        b"x-forwarded-prefix",
+        b"x-forwarded-proto",
+        b"x-forwarded-scheme",
+        b"x-forwarded-server",
+        b"x-forwarded-ssl",
+        # Not of the family by name, but upstreams believe it just the same.
+        b"x-real-ip",
+    )
+)
+# `expect` is answered by the server in front: it sends 100 when the body is first asked for.
+_SPECIAL: Final = (
+    HOP_BY_HOP
+    | _FORWARDED
+    | {b"host", b"expect", b"content-length", b"x-request-id", b"http2-settings"}
+)
+
+_PROTO: Final = {
+    "http": b"x-forwarded-proto: http\r\n",
+    "https": b"x-forwarded-proto: https\r\n",
+}
+
+# A request id longer than this is replaced: it ends up in every log line on the way.
+MAX_REQUEST_ID: Final = 128
+
+
+class RequestHead(NamedTuple):
+    """A compiled request. `body_length` is -1 when the length is unknown (chunked), 0 for none."""
+
+    method: bytes
+    path: bytes
+    fields: bytes
+    body_length: int
+    request_id: bytes
+
+    def to(self, target: Target) -> bytes:
+        """The head as sent to `target`, with the empty line that ends it."""
+        return b"%b %b%b HTTP/1.1\r\nhost: %b\r\n%b" % (
+            self.method,
+            target.base if self.path != b"*" else b"",
+            self.path,
+            target.authority,
+            self.fields,
+        )
+
+
+class RequestRules:
+    """How requests of one route are rewritten.
+
+    Args:
+        strip_prefix: removed from the path, at a segment boundary; empty keeps the path.
+        drop_headers: lower-case names never forwarded, such as the one with the API key.
+        drop_query: query parameters never forwarded, likewise.
+        trusted: peers whose X-Forwarded-* and Forwarded fields are believed and continued.
+    """
+
+    __slots__ = ("_drop_query", "_special", "_strip", "_trusted")
+
+    def __init__(
+        self,
+        *,
+        strip_prefix: str = "",
+        drop_headers: Collection[bytes] = (),
+        drop_query: Collection[str] = (),
+        trusted: TrustedProxies | None = None,
+    ) -> None:
+        self._strip = strip_prefix.rstrip("/").encode()
+        self._special = _SPECIAL | frozenset(name.lower() for name in drop_headers)
+        self._drop_query = frozenset(name.encode() for name in drop_query)
+        self._trusted = trusted or TrustedProxies(())
+
+    def head(self, scope: Scope, request_id: bytes = b"") -> RequestHead:
+        """Compile the head of one request.
+
+        `request_id` is sent as X-Request-Id unless the client sent a usable one, which is kept.
+
+        Raises:
+            BadRequest: contradictory framing, or bytes that could end a field early.
+        """
+        lines: list[bytes] = []
+        special: list[Header] = []
+        rules = self._special
+        for pair in scope["headers"]:
+            if pair[0] in rules:
+                special.append(pair)
+            else:
+                lines.append(b"%b: %b\r\n" % pair)
+        host = b""
+        length = b""
+        chunked = False
+        forwarded: list[Header] = []
+        for name, value in special:
+            if name == b"host":
+                host = value
+            elif name == b"content-length":
+                if length and length != value:
+                    raise BadRequest("contradictory content lengths")
+                length = value
+            elif name == b"transfer-encoding":
+                if chunked or value.strip().lower() != b"chunked":
+                    raise BadRequest("the only transfer encoding understood is chunked")
+                chunked = True
+            elif name == b"x-request-id":
+                if 0 < len(value) <= MAX_REQUEST_ID:
+                    request_id = value
+            elif name == b"connection":
+                if named := connection_tokens(value):
+                    lines = [line for line in lines if line.partition(b":")[0] not in named]
+            elif name in _FORWARDED:
+                forwarded.append((name, value))
+        peer: str = scope["client"][0]
+        if forwarded and self._trusted.trusts(peer):
+            lines += continued(forwarded, peer, host, scope["scheme"])
+        else:
+            lines += (
+                b"x-forwarded-for: %b\r\n" % peer.encode("ascii"),
+                _PROTO[scope["scheme"]],
+                b"x-forwarded-host: %b\r\n" % host,
+            )
+        if request_id:
+            lines.append(b"x-request-id: %b\r\n" % request_id)
+        body_length = _framing(lines, length, chunked)
+        fields = b"".join(lines)
+        # Each line brought one CR and one LF: any other came from inside a value.
+        if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
+            raise BadRequest("a header field contains a line break")
+        return RequestHead(
+            scope["method"].encode("ascii"),
+            self._path(scope),
+            fields + b"\r\n",
+            body_length,
+            request_id,
+        )
+
+    def _path(self, scope: Scope) -> bytes:
+        raw: bytes = scope["raw_path"] or b"/"
+        if self._strip:
+            raw = strip_prefix(raw, self._strip)
+        query: bytes = scope["query_string"]
+        if query and self._drop_query:
+            query = drop_parameters(query, self._drop_query)
+        return b"%b?%b" % (raw, query) if query else raw
+
+
+def _framing(lines: list[bytes], length: bytes, chunked: bool) -> int:
+    """Append the field that frames the body; returns its length, -1 for chunked."""
+    if chunked:
+        if length:
+            raise BadRequest("both Content-Length and Transfer-Encoding")
+        lines.append(b"transfer-encoding: chunked\r\n")
+        return -1
+    if not length:
+        return 0
+    if not length.isdigit() or len(length) > 18:
+        raise BadRequest("invalid content length")
+    lines.append(b"content-length: %b\r\n" % length)
+    return int(length)
+
+
+def continued(forwarded: list[Header], peer: str, host: bytes, scheme: str) -> list[bytes]:
+    """The forwarding lines when a trusted proxy sent some: its chain, with the peer appended.
+
+    X-Forwarded-Proto and -Host describe the first hop, so the proxy's values win over ours.
+    Forwarded (RFC 7239) is continued where it is used, never introduced.
+    """
+    chain: dict[bytes, list[bytes]] = {}
+    for name, value in forwarded:
+        chain.setdefault(name, []).append(value)
+    chain.setdefault(b"x-forwarded-for", []).append(peer.encode("ascii"))
+    chain.setdefault(b"x-forwarded-proto", [scheme.encode("ascii")])
+    chain.setdefault(b"x-forwarded-host", [host])
+    if b"forwarded" in chain:
+        node = f'"[{peer}]"' if ":" in peer else peer
+        chain[b"forwarded"].append(f"for={node};proto={scheme}".encode("ascii"))
+    return [b"%b: %b\r\n" % (name, b", ".join(values)) for name, values in chain.items()]
+
+
+def strip_prefix(raw: bytes, prefix: bytes) -> bytes:
+    """`raw` without `prefix`, which is decoded and ends without a slash, at a segment boundary.
+
+    The rest keeps its spelling. A path that does not start with the prefix is returned unchanged.
+    """
+    if raw.startswith(prefix):
+        cut = len(prefix)
+    else:
+        cut = _encoded_cut(raw, prefix)
+        if cut < 0:
+            return raw
+    rest = raw[cut:]
+    if not rest:
+        return b"/"
+    return rest if rest[:1] == b"/" else raw
+
+
+def _encoded_cut(raw: bytes, prefix: bytes) -> int:
+    """How much of `raw` spells `prefix` when some of it is percent-encoded; -1 when none does."""
+    at = 0
+    for byte in prefix:
+        if raw[at : at + 1] == b"%":
+            if unquote_to_bytes(raw[at : at + 3]) != bytes((byte,)):
+                return -1
+            at += 3
+        elif raw[at : at + 1] == bytes((byte,)):
+            at += 1
+        else:
+            return -1
+    return at
+
+
+def drop_parameters(query: bytes, names: frozenset[bytes]) -> bytes:
+    """`query` without the parameters of these (decoded) names; all else byte for byte."""
+    kept = [
+        part
+        for part in query.split(b"&")
+        if unquote_to_bytes(part.partition(b"=")[0].replace(b"+", b" ")) not in names
+    ]
+    return b"&".join(kept)

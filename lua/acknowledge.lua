@@ -1,0 +1,29 @@
+-- Marks states as flushed, after the ledger has committed them.
+--
+-- A subject that changed since its snapshot stays listed. Closed hours and periods that the
+-- snapshot held are final, so they are dropped in either case.
+--
+-- KEYS  1        sorted set of changed subjects of the shard
+--       2 ...    state hash of each flushed subject
+-- ARGV  for each subject: epoch and version of the snapshot, number of closed fields, those fields
+-- Returns the number of subjects that are clean now.
+
+local clean, at = 0, 1
+for i = 2, #KEYS do
+  local key = KEYS[i]
+  local epoch, version, closed = ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2])
+  local state = redis.call('HMGET', key, 'epoch', 'ver')
+  if state[1] == epoch then
+    if closed > 0 then redis.call('HDEL', key, unpack(ARGV, at + 3, at + 2 + closed)) end
+    if state[2] == version then
+      redis.call('HSET', key, 'dirty', 0)
+      redis.call('ZREM', KEYS[1], key)
+      clean = clean + 1
+    end
+  elseif not state[2] then
+    redis.call('ZREM', KEYS[1], key) -- the state is gone: nothing is left to flush
+    clean = clean + 1
+  end
+  at = at + 3 + closed
+end
+return clean

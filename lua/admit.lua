@@ -1,0 +1,325 @@
+-- Decides a batch of checks: every limit of each check, all or nothing, in order.
+--
+-- A check that one enforced limit refuses consumes nothing anywhere. An admitted check is counted
+-- in its limits, its meters and their hours, marks the subject as changed, and appends the
+-- thresholds it crossed to the event stream: one atomic step, durable together.
+--
+-- KEYS  1        sorted set of changed subjects of the shard
+--       2        event stream of the shard
+--       3 ...    a check: the state hash, then one lease set for each concurrency limit
+-- ARGV  1        number of programs, P
+--       2..9     start and end of the current day, week, month, year (ms, UTC)
+--       10..9+P  programs, JSON: see core/admission/program.py
+--       then 4 a check: index of its program, start and end of the billing period, lease id
+-- Returns a flat list of integers:
+--       now in ms, then a check: status (includes/status.lua), and for each limit of its program
+--       flags, remaining (below zero when a quota is passed), ms until reset.
+--       A check that is COLD or STALE has its status alone.
+
+-- @include includes/clock.lua
+-- @include includes/status.lua
+-- @include includes/rate.lua
+-- @include includes/usage.lua
+
+local GCRA, FIXED, SLIDING, QUOTA, CONCURRENCY = 1, 2, 3, 4, 5
+local BLOCK, OVERAGE_ACTION = 0, 2
+local call, format = redis.call, string.format
+
+local now_us = now_micros()
+local now = math.floor(now_us / 1000)
+local hour = now - now % HOUR
+local hour_text = format(' %d', hour)
+local dirty_key, events_key = KEYS[1], KEYS[2]
+local program_count = tonumber(ARGV[1])
+local calendar = {}
+for i = 1, 8 do calendar[i] = tonumber(ARGV[i + 1]) end
+local today = now >= calendar[1] and now < calendar[2]
+local programs = {}
+
+-- Subjects of this batch, by state key: read once, written once. `s[3i-2..3i]` is the state of
+-- limit i: three numbers of a rate limit, or the leases held of a concurrency limit.
+local subjects, order = {}, {}
+
+local function open(key, key_at, program, from_text, to_text)
+  local values = call('HMGET', key, unpack(program.fields))
+  local durable = program.ttl == 0
+  local s = { key = key, program = program, durable = durable }
+  local from, to = tonumber(from_text), tonumber(to_text)
+  if not today or (durable and (now < from or now >= to)) then
+    s.status = STALE
+    return s
+  end
+  if durable then
+    if not values[1] then
+      s.status = COLD
+      return s
+    end
+    s.version, s.listed = tonumber(values[1]), values[2] == '1'
+  end
+  local meters, counters = {}, {}
+  local expected = from_text .. ' ' .. to_text .. hour_text
+  for i, row in ipairs(program.meters) do -- row: name, cost, aggregation, position
+    meters[i] = open_meter(row[1], values[row[4]], values[row[4] + 1], expected, from, to, hour)
+  end
+  for i, row in ipairs(program.calendars) do -- row: field, meter, kind, cost, aggregation, position
+    local count = durable and meters[row[2]].count or 0
+    local first = row[3] * 2
+    local counter = open_calendar(values[row[6]], calendar[first - 1], calendar[first], count, durable)
+    if not counter then
+      s.status = COLD
+      return s
+    end
+    counters[i] = counter
+  end
+  s.meters, s.counters = meters, counters
+  local at, lease_at = 1, key_at
+  for _, row in ipairs(program.limits) do
+    local kind = row[1]
+    if kind == GCRA then
+      s[at], s[at + 1], s[at + 2] = gcra_open(row, values[row[8]], now_us)
+    elseif kind == FIXED then
+      s[at], s[at + 1], s[at + 2] = fixed_open(row, values[row[7]], now)
+    elseif kind == SLIDING then
+      s[at], s[at + 1], s[at + 2] = sliding_open(row, values[row[7]], now)
+    elseif kind == CONCURRENCY then
+      lease_at = lease_at + 1
+      s[at] = call('ZCOUNT', KEYS[lease_at], '(' .. now, '+inf')
+    end
+    at = at + 3
+  end
+  return s
+end
+
+local set = {} -- scratch: field, text pairs of one HSET
+
+local function close(s)
+  if not s.changed then return end
+  local program, n, at = s.program, 0, 1
+  for _, row in ipairs(program.limits) do
+    local kind = row[1]
+    if kind == FIXED then
+      set[n + 1], set[n + 2] = row[2], format('%d %d', s[at], s[at + 1])
+      n = n + 2
+    elseif kind <= SLIDING then
+      set[n + 1], set[n + 2] = row[2], format('%d %d %d', s[at], s[at + 1], s[at + 2])
+      n = n + 2
+    end
+    at = at + 3
+  end
+  for i, row in ipairs(program.meters) do
+    local m = s.meters[i]
+    set[n + 1] = 'm:' .. row[1]
+    set[n + 2] = format('%d %d %d %d %d', m.total, m.over, m.hour_total, m.hour_over, m.count)
+    n = n + 2
+    if m.moved then
+      set[n + 1], set[n + 2] = 'p:' .. row[1], format('%d %d %d', m.from, m.to, m.hour)
+      n = n + 2
+      for _, item in ipairs(m.closed or {}) do
+        n = n + 1
+        set[n] = item
+      end
+    end
+  end
+  for i, row in ipairs(program.calendars) do
+    local c = s.counters[i]
+    local count = s.durable and s.meters[row[2]].count or 0
+    set[n + 1], set[n + 2] = row[1], format('%d %d %d', c.from, c.total, count)
+    n = n + 2
+  end
+  if s.durable then
+    set[n + 1], set[n + 2] = 'ver', s.version
+    n = n + 2
+    if not s.listed then
+      set[n + 1], set[n + 2] = 'dirty', 1
+      n = n + 2
+      call('ZADD', dirty_key, 'NX', now, s.key)
+    end
+  end
+  if n > 0 then
+    call('HSET', s.key, unpack(set, 1, n))
+    if not s.durable then call('PEXPIRE', s.key, program.ttl) end
+  end
+end
+
+-- Appends one event. `used` is in smallest units of the meter, as is the limit.
+local function emit(key, row, kind, threshold, used, from, to)
+  call('XADD', events_key, '*', 'key', key, 'limit', row[8], 'meter', row[9], 'kind', kind,
+    'threshold', threshold, 'used', used, 'max', row[4], 'start', from, 'end', to, 'at', now)
+end
+
+-- Fires what `used` has reached in this period and was not fired yet: once a period each.
+-- row[10]: {percent, units from which it fires, kind}, ascending; 101 stands for "above the limit"
+local function cross(s, i, row, used, from, to)
+  local fired = s.fired and s.fired[i]
+  if not fired then
+    fired = 0
+    local text = call('HGET', s.key, row[2])
+    if text then
+      local start, percent = string.match(text, '^(%d+) (%d+)$')
+      if tonumber(start) == from then fired = tonumber(percent) end
+    end
+  end
+  local highest = fired
+  for _, threshold in ipairs(row[10]) do
+    if threshold[1] > fired and used >= threshold[2] then
+      highest = threshold[1]
+      emit(s.key, row, threshold[3], highest, used, from, to)
+    end
+  end
+  if highest > fired then call('HSET', s.key, row[2], format('%d %d', from, highest)) end
+  s.fired = s.fired or {}
+  s.fired[i] = highest
+end
+
+local reply, r = { now }, 1
+local key_at, arg_at, last_arg = 3, 10 + program_count, #ARGV
+-- scratch of one check, by limit
+local flags, next_a, next_b, next_c = {}, {}, {}, {}
+local left, left_after, wait, reset, over = {}, {}, {}, {}, {}
+
+while arg_at <= last_arg do
+  local index = ARGV[arg_at]
+  local program = programs[index]
+  if not program then
+    program = cjson.decode(ARGV[9 + index])
+    programs[index] = program
+  end
+  local key = KEYS[key_at]
+  local s = subjects[key]
+  if not s or s.program ~= program then
+    if s then close(s) end -- the same subject under another program: write, then read anew
+    s = open(key, key_at, program, ARGV[arg_at + 1], ARGV[arg_at + 2])
+    if not subjects[key] then order[#order + 1] = key end
+    subjects[key] = s
+  end
+
+  if s.status then
+    r = r + 1
+    reply[r] = s.status
+  else
+    local limits, meters, refused, overage = program.limits, s.meters, false, false
+    local at = 1
+    for i = 1, #limits do
+      local row = limits[i]
+      local kind, full, flag = row[1], false, 0
+      if kind == QUOTA then -- kind, field, enforce, limit, counter, action, meter index, ...
+        local source, cost, aggregation
+        local counter = row[5]
+        if counter > 0 then
+          source = meters[counter]
+          cost, aggregation = program.meters[counter][2], program.meters[counter][3]
+        else
+          source = s.counters[-counter]
+          cost, aggregation = program.calendars[-counter][4], program.calendars[-counter][5]
+        end
+        local limit, before = row[4], source.total
+        local after = aggregate(aggregation, before, cost)
+        left[i], left_after[i] = limit - before, limit - after
+        local t = source.to - now
+        wait[i], reset[i] = t, t
+        if after > limit then
+          if row[6] == BLOCK then
+            full = true
+          elseif row[6] == OVERAGE_ACTION then
+            flag = OVERAGE
+            local excess = after - limit
+            if aggregation == 1 and before > limit then excess = cost end
+            local m = row[7]
+            if not overage then
+              overage = true
+              for k = 1, #meters do over[k] = 0 end
+            end
+            if m > 0 and over[m] < excess then over[m] = excess end
+          else
+            flag = WARNED
+          end
+        end
+      elseif kind == GCRA then
+        full, next_a[i], next_b[i], next_c[i], left[i], left_after[i], wait[i], reset[i] =
+          gcra(row, s[at], s[at + 1], s[at + 2])
+      elseif kind == FIXED then
+        full, next_a[i], next_b[i], next_c[i], left[i], left_after[i], wait[i], reset[i] =
+          fixed(row, s[at], s[at + 1], now)
+      elseif kind == SLIDING then
+        full, next_a[i], next_b[i], next_c[i], left[i], left_after[i], wait[i], reset[i] =
+          sliding(row, s[at], s[at + 1], s[at + 2], now)
+      else -- kind, name, enforce, limit, lease ms
+        local held = s[at]
+        full = held >= row[4]
+        left[i] = held < row[4] and row[4] - held or 0
+        left_after[i] = left[i] - 1
+        -- when a slot will be given back is not known: ask again in a second
+        wait[i], reset[i] = full and 1000 or 0, 0
+        next_a[i] = held + 1
+      end
+      if full then
+        flag = REFUSED
+        if row[3] == 1 then refused = true end
+      end
+      flags[i] = flag
+      at = at + 3
+    end
+
+    if refused then
+      -- Nothing is consumed: an overage or a warning did not happen either.
+      reply[r + 1] = REJECT
+      r = r + 1
+      for i = 1, #limits do
+        reply[r + 1] = flags[i] == REFUSED and REFUSED or 0
+        reply[r + 2], reply[r + 3] = left[i], wait[i]
+        r = r + 3
+      end
+    else
+      reply[r + 1] = ADMIT
+      r = r + 1
+      s.changed = true
+      if s.durable then s.version = s.version + 1 end
+      for k = 1, #meters do
+        local row = program.meters[k]
+        charge(meters[k], row[3], row[2], overage and over[k] or 0)
+      end
+      for k = 1, #program.calendars do
+        local row, c = program.calendars[k], s.counters[k]
+        c.total = aggregate(row[5], c.total, row[4])
+      end
+      at = 1
+      local lease_at = key_at
+      for i = 1, #limits do
+        local row, flag = limits[i], flags[i]
+        local kind = row[1]
+        reply[r + 1], reply[r + 2], reply[r + 3] = flag, left_after[i], reset[i]
+        if kind == QUOTA then
+          if s.durable then
+            local source = row[5] > 0 and meters[row[5]] or s.counters[-row[5]]
+            if source.previous and source.previous > 0 and not (s.reset and s.reset[i]) then
+              s.reset = s.reset or {}
+              s.reset[i] = true
+              emit(key, row, 'reset', 0, source.previous, source.from, source.to)
+            end
+            local first = row[10][1]
+            if first and source.total >= first[2] then
+              cross(s, i, row, source.total, source.from, source.to)
+            end
+          end
+        elseif flag == REFUSED then
+          -- a shadow limit does not consume what it would have refused
+          reply[r + 2], reply[r + 3] = left[i], wait[i]
+          if kind == CONCURRENCY then lease_at = lease_at + 1 end
+        elseif kind == CONCURRENCY then
+          lease_at = lease_at + 1
+          s[at] = next_a[i]
+          call('ZADD', KEYS[lease_at], now + row[5], ARGV[arg_at + 3])
+        else
+          s[at], s[at + 1], s[at + 2] = next_a[i], next_b[i], next_c[i]
+        end
+        r = r + 3
+        at = at + 3
+      end
+    end
+  end
+  arg_at = arg_at + 4
+  key_at = key_at + 1 + program.leases
+end
+
+for i = 1, #order do close(subjects[order[i]]) end
+return reply

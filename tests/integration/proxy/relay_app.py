@@ -1,0 +1,113 @@
+"""A tiny responder around `relay`, served by Granian: what the proxy tests talk to.
+
+Run as `python -m tests.integration.proxy.relay_app PORT UPSTREAM_URL...`. `/_stats` answers with
+counters of the process; every other path is relayed. Settings come from the environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections import Counter
+from typing import Any
+
+import orjson
+import psutil
+import uvloop
+from granian.constants import HTTPModes, Interfaces
+from granian.server.embed import Server
+
+from core.policy import Upstream
+from gateway.forwarded import TrustedProxies
+from gateway.proxy import watch
+from gateway.proxy.errors import ClientDisconnected, ProxyError
+from gateway.proxy.pool import UpstreamPool
+from gateway.proxy.relay import relay
+from gateway.proxy.request import RequestRules
+
+EXTRA = [(b"x-tallygate", b"yes")]
+DROP = frozenset((b"x-drop-me",))
+
+
+class App:
+    def __init__(self, urls: list[str]) -> None:
+        env = os.environ
+        self.pool = UpstreamPool(
+            Upstream(
+                name="tested",
+                urls=tuple(urls),
+                connect_timeout_ms=int(env.get("CONNECT_MS", "1000")),
+                response_timeout_ms=int(env.get("RESPONSE_MS", "30000")),
+                max_connections=int(env.get("MAX_CONNECTIONS", "256")),
+                keepalive_ms=int(env.get("KEEPALIVE_MS", "60000")),
+            )
+        )
+        self.rules = RequestRules(
+            strip_prefix=env.get("STRIP_PREFIX", ""),
+            drop_headers=(b"x-api-key",),
+            drop_query=("api_key",),
+            trusted=TrustedProxies(filter(None, env.get("TRUSTED", "").split(","))),
+        )
+        self.outcomes: Counter[str] = Counter()
+        self.results: list[Any] = []
+        self.process = psutil.Process()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        if scope["path"] == "/_stats":
+            await answer(send, 200, orjson.dumps(self.stats()))
+            return
+        try:
+            result = await relay(
+                receive,
+                send,
+                pool=self.pool,
+                head=self.rules.head(scope),
+                extra_response_headers=EXTRA,
+                drop_response_headers=DROP,
+            )
+        except ProxyError as error:
+            self.outcomes[error.code] += 1
+            if not isinstance(error, ClientDisconnected):
+                await answer(send, error.status, str(error).encode())
+        else:
+            self.outcomes[result.outcome] += 1
+
+    def stats(self) -> dict[str, Any]:
+        pool = self.pool
+        return {
+            "rss": self.process.memory_info().rss,
+            "tasks": len(asyncio.all_tasks()),
+            "watched": len(watch.current()),
+            "opened": pool.opened,
+            "reused": pool.reused,
+            "in_use": pool.in_use,
+            "idle": pool.idle,
+            "size": pool.size,
+            "failures": pool.failures,
+            "outcomes": self.outcomes,
+        }
+
+
+async def answer(send: Any, status: int, body: bytes) -> None:
+    headers = [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def main(port: int, urls: list[str]) -> None:
+    server = Server(
+        App(urls),
+        "127.0.0.1",
+        port,
+        interface=Interfaces.ASGINL,
+        http=HTTPModes.http1,
+        websockets=False,
+    )
+    await server.serve()
+
+
+if __name__ == "__main__":
+    uvloop.run(main(int(sys.argv[1]), sys.argv[2:]))

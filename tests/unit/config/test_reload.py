@@ -1,0 +1,197 @@
+"""Reload: a valid file is swapped in whole, any other one changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from core.config import ConfigWatcher, Snapshot, load, restart_needed
+from core.errors import ConfigError
+
+FIRST = "plans: {free: {limits: {fast: {rate: 10/s}}}}\n"
+SECOND = "plans: {free: {limits: {fast: {rate: 20/s}}}}\n"
+BROKEN = "plans: {free: {limits: {fast: {rate: lots}}}}\n"
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.reloads: list[tuple[Snapshot, Snapshot]] = []
+        self.refusals: list[ConfigError] = []
+
+    def watch(self, path: Path) -> ConfigWatcher:
+        return ConfigWatcher(
+            path,
+            load(path),
+            on_reload=lambda old, new: self.reloads.append((old, new)),
+            on_refused=self.refusals.append,
+            interval_s=0.01,
+        )
+
+
+def replace(path: Path, text: str) -> None:
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text)
+    os.replace(fresh, path)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        await asyncio.sleep(0.005)
+
+
+def watching(path: Path, scenario: Callable[[ConfigWatcher, Seen], object]) -> None:
+    async def main() -> None:
+        seen = Seen()
+        watcher = seen.watch(path)
+        task = asyncio.create_task(watcher.run())
+        try:
+            await scenario(watcher, seen)  # type: ignore[misc]
+            assert not task.done()
+        finally:
+            task.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(FIRST)
+    return file
+
+
+def test_a_change_is_swapped_in_whole(path: Path) -> None:
+    async def scenario(watcher: ConfigWatcher, seen: Seen) -> None:
+        before = watcher.current
+        replace(path, SECOND)
+        await until(lambda: seen.reloads)
+        assert seen.reloads == [(before, watcher.current)]
+        assert watcher.current.plans["free"].limits[0].burst == 20  # type: ignore[union-attr]
+        assert before.plans["free"].limits[0].burst == 10  # type: ignore[union-attr]
+        assert seen.refusals == []
+
+    watching(path, scenario)
+
+
+def test_a_refused_file_keeps_the_old_one_and_mending_it_is_reported(path: Path) -> None:
+    async def scenario(watcher: ConfigWatcher, seen: Seen) -> None:
+        before = watcher.current
+        replace(path, BROKEN)
+        await until(lambda: seen.refusals)
+        assert watcher.current is before
+        assert "plans.free.limits.fast.rate" in str(seen.refusals[0])
+        # back to the very text in force: listeners learn that the file is valid again
+        replace(path, FIRST)
+        await until(lambda: seen.reloads)
+        assert len(seen.refusals) == 1
+
+    watching(path, scenario)
+
+
+def test_a_file_that_is_gone_is_refused_and_its_return_is_seen(path: Path) -> None:
+    async def scenario(watcher: ConfigWatcher, seen: Seen) -> None:
+        before = watcher.current
+        path.unlink()
+        await until(lambda: seen.refusals)
+        assert watcher.current is before
+        path.write_text(SECOND)
+        await until(lambda: seen.reloads)
+
+    watching(path, scenario)
+
+
+def test_a_symlink_swap_is_seen(tmp_path: Path) -> None:
+    # Given a mounted ConfigMap: config.yaml -> ..data/config.yaml, ..data -> a dated folder
+    for folder, text in (("one", FIRST), ("two", SECOND)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.yaml").write_text(text)
+        os.utime(tmp_path / folder / "config.yaml", (1, 1))  # same time, same size
+    (tmp_path / "..data").symlink_to("one")
+    path = tmp_path / "config.yaml"
+    path.symlink_to(Path("..data") / "config.yaml")
+
+    async def scenario(watcher: ConfigWatcher, seen: Seen) -> None:
+        (tmp_path / "..new").symlink_to("two")
+        os.replace(tmp_path / "..new", tmp_path / "..data")
+        await until(lambda: seen.reloads)
+        assert watcher.current.plans["free"].limits[0].burst == 20  # type: ignore[union-attr]
+
+    watching(path, scenario)
+
+
+def test_a_touched_file_with_the_same_text_is_no_news(path: Path) -> None:
+    async def scenario(watcher: ConfigWatcher, seen: Seen) -> None:
+        before = watcher.current
+        replace(path, FIRST)
+        replace(path, FIRST)
+        # the watcher has settled on the new inode: it was read, and found to be the same text
+        await until(lambda: watcher._done[2] == path.stat().st_ino)  # type: ignore[index]
+        assert watcher.current is before
+        assert seen.reloads == []
+
+    watching(path, scenario)
+
+
+def test_a_change_between_load_and_watch_is_not_missed(path: Path) -> None:
+    async def main() -> None:
+        seen = Seen()
+        snapshot = load(path)
+        replace(path, SECOND)
+        watcher = ConfigWatcher(
+            path, snapshot, on_reload=lambda *pair: seen.reloads.append(pair), interval_s=0.01
+        )
+        task = asyncio.create_task(watcher.run())
+        await until(lambda: seen.reloads)
+        task.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_failing_callback_does_not_stop_watching(path: Path) -> None:
+    async def main() -> None:
+        def fail(old: Snapshot, new: Snapshot) -> None:
+            raise RuntimeError("listener")
+
+        watcher = ConfigWatcher(path, load(path), on_reload=fail, interval_s=0.01)
+        task = asyncio.create_task(watcher.run())
+        for text in (SECOND, FIRST):
+            before = watcher.current
+            replace(path, text)
+            await until(lambda old=before: watcher.current is not old)  # type: ignore[misc]
+        assert not task.done()
+        task.cancel()
+
+    asyncio.run(main())
+
+
+def test_reload_by_hand_reads_an_unchanged_file_too(path: Path) -> None:
+    seen = Seen()
+    watcher = seen.watch(path)
+    before = watcher.current
+    assert watcher.reload() is True
+    assert watcher.current is not before
+    assert len(seen.reloads) == 1
+    path.write_text(BROKEN)
+    accepted = watcher.current
+    assert watcher.reload() is False
+    assert watcher.current is accepted
+    assert len(seen.refusals) == 1
+
+
+def test_settings_that_need_a_restart_are_named(path: Path) -> None:
+    old = load(path)
+    path.write_text(
+        SECOND
+        + "gateway: {listen: '127.0.0.1:9999', access_log: true}\n"
+        + "redis: {url: 'redis://h'}\nsecrets: {key_pepper: salt}\n"
+    )
+    new = load(path)
+    assert restart_needed(old, new) == ["gateway.listen", "redis.url", "secrets.key_pepper"]
+    assert restart_needed(new, new) == []
