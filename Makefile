@@ -35,7 +35,9 @@ lock: $(VENV)/dev.stamp  ## Write requirements/*.txt anew (UPGRADE=1: with the n
 	  --extra embedded --output-file requirements/run.txt
 	@$(BIN)/$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/dev.in \
 	  --extra embedded --extra dev --output-file requirements/dev.txt
-	@! grep -n '://' requirements/run.txt requirements/dev.txt
+	@$(BIN)/$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/image.in \
+	  --output-file requirements/image.txt
+	@! grep -n '://' requirements/*.txt
 
 clean:  ## Remove .venv and caches; the data in .tallygate stay
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

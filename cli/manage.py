@@ -140,7 +140,7 @@ def _call(context: Context, function: Callable[[Database], Awaitable[T]]) -> T:
 _after = click.option("--after", default="", help="Only identifiers after this one (next page).")
 _limit = click.option("--limit", default=100, show_default=True, help="Rows at most, up to 1000.")
 _any_plan = click.option("--any-plan", is_flag=True, help="Accept a plan the config lacks.")
-_status = click.Choice(list(Status))
+_status = click.Choice([status.value for status in Status])
 
 
 @click.group()

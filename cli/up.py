@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,9 @@ from cli.embedded.process import require_free
 from cli.supervise import Child, Supervisor, command
 from cli.up_settings import UPSTREAM, Settings, default_config, read_settings
 from core.errors import TallygateError
+
+if TYPE_CHECKING:
+    from cli.demo import DemoKey
 
 _READY_S = 60.0  # imports on a slow, busy machine
 
@@ -136,7 +139,7 @@ class _Up:
         child.restart, child.show_log = True, False
         self._stores.append(self._supervisor.start(child))
 
-    async def _prepare_database(self) -> list[up_report.DemoKey]:
+    async def _prepare_database(self) -> list[DemoKey]:
         from core.db.migrate import migrate  # lazily: drags the driver in
 
         if not self._env.get("TALLYGATE_KEY_PEPPER"):
@@ -147,13 +150,11 @@ class _Up:
             up_report.say("up", f"migrated the database ({len(applied)} steps)")
         if not self._demo:
             return []
-        embedded = self._settings.postgres_url is None
-        return await up_report.demo_keys(
-            self._data.path / "demo-keys.json",
-            "embedded" if embedded else url.rpartition("@")[2],
-            url,
-            self._env["TALLYGATE_KEY_PEPPER"],
-        )
+        from cli.demo import ensure_demo
+
+        # The database has only digests of the keys; the file lets every start print them.
+        keys_file = self._data.path / "demo-keys.json"
+        return await ensure_demo(url, self._env["TALLYGATE_KEY_PEPPER"], keys_file)
 
     def _start_processes(self) -> None:
         self._env["TALLYGATE_METRICS_DIR"] = str(self._data.fresh("metrics"))

@@ -1,31 +1,20 @@
-"""What `tallygate up` prints, and the demo keys it remembers to print them again."""
+"""What `tallygate up` prints."""
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.embedded.datadir import write_private
-
 if TYPE_CHECKING:
+    from cli.demo import DemoKey
     from cli.up_settings import Settings
 
 _COLOURS = {"gateway": "cyan", "control": "magenta", "reconciler": "blue", "upstream": "green"}
 _SHOWN_FIRST = ("timestamp", "level", "event", "process")
-
-
-@dataclass(frozen=True)
-class DemoKey:
-    """A demo subscription and its API key in clear."""
-
-    subscription: str
-    plan: str
-    key: str
 
 
 def http(address: tuple[str, int]) -> str:
@@ -53,35 +42,6 @@ def _readable(line: str) -> str:
         return line
     words += [f"{name}={value}" for name, value in fields.items() if name not in _SHOWN_FIRST]
     return " ".join(words)
-
-
-async def demo_keys(path: Path, database: str, url: str, pepper: str) -> list[DemoKey]:
-    """The demo keys, seeded on first use of this database.
-
-    The database has only their digests, so they are kept in `path`, 0600, with the name of the
-    database they belong to.
-    """
-    kept = _kept(path, database)
-    if kept is not None:
-        return kept
-    from cli.demo import ensure_demo  # lazily: drags the driver in
-
-    keys = [
-        DemoKey(demo.subscription, demo.plan, demo.key) for demo in await ensure_demo(url, pepper)
-    ]
-    content = {"database": database, "keys": [asdict(key) for key in keys]}
-    write_private(path, json.dumps(content, indent=2) + "\n")
-    return keys
-
-
-def _kept(path: Path, database: str) -> list[DemoKey] | None:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    if content["database"] != database:
-        return None
-    return [DemoKey(**entry) for entry in content["keys"]]
 
 
 def show(settings: Settings, data_dir: Path, keys: list[DemoKey]) -> None:

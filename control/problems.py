@@ -53,13 +53,14 @@ def problem(
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own 404 and 405, and every HTTPException of a route."""
     assert isinstance(error, HTTPException)
-    detail = error.detail
+    detail, headers = error.detail, dict(error.headers or {})
     if error.status_code == 404:
         detail = f"There is nothing at {request.url.path}."
-    elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "other methods")
-        detail = f"{request.url.path} answers to {allowed} only."
-    return problem(error.status_code, detail, request_id=ids.new("req"), headers=error.headers)
+    elif error.status_code == 405 and "Allow" in headers:
+        # Starlette joins a set: its order changes with every start.
+        headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
+        detail = f"{request.url.path} answers to {headers['Allow']} only."
+    return problem(error.status_code, detail, request_id=ids.new("req"), headers=headers)
 
 
 async def on_unexpected(request: Request, error: Exception) -> Response:

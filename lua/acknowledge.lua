@@ -1,14 +1,15 @@
 -- Marks states as flushed, after the ledger has committed them.
 --
--- A subject that changed since its snapshot stays listed. Closed hours and periods that the
+-- A subject that changed since its snapshot stays listed, as changed since then. Closed hours and periods that the
 -- snapshot held are final, so they are dropped in either case.
 --
 -- KEYS  1        sorted set of changed subjects of the shard
 --       2 ...    state hash of each flushed subject
--- ARGV  for each subject: epoch and version of the snapshot, number of closed fields, those fields
+-- ARGV  1        time of the snapshots, ms
+--       then for each subject: epoch and version of its snapshot, number of closed fields, the fields
 -- Returns the number of subjects that are clean now.
 
-local clean, at = 0, 1
+local clean, at = 0, 2
 for i = 2, #KEYS do
   local key = KEYS[i]
   local epoch, version, closed = ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2])
@@ -19,6 +20,8 @@ for i = 2, #KEYS do
       redis.call('HSET', key, 'dirty', 0)
       redis.call('ZREM', KEYS[1], key)
       clean = clean + 1
+    else
+      redis.call('ZADD', KEYS[1], 'XX', ARGV[1], key)
     end
   elseif not state[2] then
     redis.call('ZREM', KEYS[1], key) -- the state is gone: nothing is left to flush

@@ -71,7 +71,10 @@ class Listener:
         while True:
             try:
                 connection = await connect_once(
-                    self._url, timeout_s=self._timeout_s, command_timeout_s=self._timeout_s
+                    self._url,
+                    purpose="listen",
+                    timeout_s=self._timeout_s,
+                    command_timeout_s=self._timeout_s,
                 )
             except TallygateError as error:
                 _log.warning("listen.unreachable", channel=self._channel, error=str(error))

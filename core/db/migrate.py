@@ -84,7 +84,9 @@ async def migrate(dsn: str, directory: Path = _DIR) -> list[str]:
         StoreUnavailableError: Postgres cannot be reached, or is lost on the way: run it again.
     """
     migrations = load_migrations(directory)
-    connection = await connect_once(dsn, timeout_s=_CONNECT_TIMEOUT_S, command_timeout_s=None)
+    connection = await connect_once(
+        dsn, purpose="migrate", timeout_s=_CONNECT_TIMEOUT_S, command_timeout_s=None
+    )
     try:
         await _lock(connection)
         await connection.execute(_CREATE)

@@ -8,8 +8,9 @@ Inside a transaction use `SET LOCAL` and `pg_advisory_xact_lock`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -133,25 +134,22 @@ class Database(_Runner):
             StoreUnavailableError: also when it is the COMMIT that is not answered: whether it
                 took effect is then unknown, so make what runs inside repeatable.
         """
-        connection: Any = None
+        with self._translated():
+            connection: Any = await self._pool.acquire(timeout=self.timeout_s)
         try:
             with self._translated():
-                connection = await self._pool.acquire(timeout=self.timeout_s)
                 transaction = connection.transaction()
                 await transaction.start()
             try:
                 yield Transaction(self, connection)
             except BaseException:
-                if not connection.is_closed():
-                    with self._translated():
-                        await transaction.rollback()
+                await _give_up(transaction.rollback)
                 raise
             with self._translated():
                 await transaction.commit()
         finally:
-            if connection is not None:
-                with self._translated():
-                    await self._pool.release(connection, timeout=self.timeout_s)
+            # Rolls back and, if need be, cuts the connection; what happened before matters more.
+            await _give_up(partial(self._pool.release, connection, timeout=self.timeout_s))
 
     async def ping(self) -> bool:
         """Whether Postgres answers now; never raises. Updates `healthy`."""
@@ -192,6 +190,8 @@ class Database(_Runner):
         except _UNAVAILABLE as error:
             self.healthy = False
             raise _unavailable(name, error) from error
+        except asyncpg.ClientConfigurationError as error:
+            raise TallygateError(f"postgres.url: not a Postgres URL: {error}") from error
         except asyncpg.InterfaceError as error:
             # asyncpg has one class for a lost connection and for wrong arguments; the latter is
             # a bug that must stay visible.
@@ -201,6 +201,12 @@ class Database(_Runner):
             raise _unavailable(name, error) from error
         else:
             self.healthy = True
+
+
+async def _give_up(ending: Callable[[], Awaitable[object]]) -> None:
+    """Run the end of something that may have failed already: a lost connection is no news."""
+    with suppress(*_UNAVAILABLE, asyncpg.InterfaceError):
+        await ending()
 
 
 def _is_lost(message: str) -> bool:
@@ -231,20 +237,17 @@ async def connect_pool(
 
     Raises:
         StoreUnavailableError: `require` and Postgres does not answer.
-        TallygateError: the URL is no Postgres URL.
+        TallygateError: the URL is no Postgres URL (without `require`: at the first query).
     """
-    try:
-        pool: asyncpg.Pool[Any] = await asyncpg.create_pool(
-            url,
-            min_size=0,
-            max_size=size,
-            timeout=timeout_s,
-            command_timeout=timeout_s,
-            connection_class=_Connection,
-            server_settings={"application_name": "tallygate", "timezone": "UTC"},
-        )
-    except (ValueError, asyncpg.ClientConfigurationError) as error:
-        raise TallygateError(f"postgres.url: not a Postgres URL: {error}") from error
+    pool: asyncpg.Pool[Any] = await asyncpg.create_pool(
+        url,
+        min_size=0,
+        max_size=size,
+        timeout=timeout_s,
+        command_timeout=timeout_s,
+        connection_class=_Connection,
+        server_settings={"application_name": "tallygate", "timezone": "UTC"},
+    )
     database = Database(pool, timeout_s=timeout_s, on_query=on_query)
     if require:
         try:
@@ -255,8 +258,12 @@ async def connect_pool(
     return database
 
 
-async def connect_once(url: str, *, timeout_s: float, command_timeout_s: float | None) -> Any:
+async def connect_once(
+    url: str, *, purpose: str, timeout_s: float, command_timeout_s: float | None
+) -> Any:
     """One connection outside any pool, for LISTEN and migrations (an `asyncpg.Connection`).
+
+    `pg_stat_activity` shows it as `tallygate <purpose>`.
 
     Raises:
         StoreUnavailableError: Postgres cannot be reached, or refuses the login.
@@ -267,7 +274,7 @@ async def connect_once(url: str, *, timeout_s: float, command_timeout_s: float |
             url,
             timeout=timeout_s,
             command_timeout=command_timeout_s,
-            server_settings={"application_name": "tallygate", "timezone": "UTC"},
+            server_settings={"application_name": f"tallygate {purpose}", "timezone": "UTC"},
         )
     except asyncpg.ClientConfigurationError as error:
         raise TallygateError(f"postgres.url: not a Postgres URL: {error}") from error

@@ -13,6 +13,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import Redis, RedisCluster, Sentinel
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from core.errors import StoreUnavailableError, TallygateError
@@ -33,6 +35,8 @@ def connect(url: str, timeout_s: float) -> Client:
     waits: dict[str, Any] = {
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
+        # The default is three more attempts with seconds between them.
+        "retry": Retry(NoBackoff(), 0),
     }
     scheme, _, kind = url.partition("://")[0].partition("+")
     plain = scheme + url[url.index("://") :] if "://" in url else url

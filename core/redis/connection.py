@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
@@ -89,7 +90,7 @@ class Connection(asyncio.Protocol):
             future.set_exception(StoreUnavailableError("Redis: connection is closed"))
             return future
         self._waiting.append(future)
-        self._transport.write(hiredis.pack_command(args))
+        self._transport.write(_pack(args))
         return future
 
     def close(self, reason: str = "connection closed") -> None:
@@ -130,3 +131,4 @@ class Connection(asyncio.Protocol):
 
 
 _INCOMPLETE = object()
+_pack: Callable[[tuple[Arg, ...]], bytes] = cast(Any, hiredis).pack_command  # its stub says one

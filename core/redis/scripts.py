@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 
 _INCLUDE = re.compile(r"^-- @include (\S+)\s*$", re.MULTILINE)
@@ -52,7 +52,7 @@ def make(name: str, source: str) -> Script:
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> Script:
     """The script `lua/<name>.lua`, read once a process."""
     return make(name, render(name))

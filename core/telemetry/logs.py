@@ -91,17 +91,7 @@ def configure(level: str, fmt: Format, process: str, *, fd: int = 2) -> LineWrit
             old.close()
     json = fmt == "json" or (fmt == "auto" and not os.isatty(fd))
     _output = _Output(writer, json, _LEVELS[level], process)
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.stdlib.add_log_level,
-            _emit,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.ReturnLoggerFactory(),
-        # Not cached: loggers made at import must follow a reload that changes the level.
-        cache_logger_on_first_use=False,
-    )
+    _configure_structlog(_LEVELS[level])
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, _StdlibHandler)]:
         root.removeHandler(handler)
@@ -191,6 +181,20 @@ def _timestamp() -> str:
     return f"{_second_text}{millis:03d}Z"
 
 
+def _configure_structlog(level: int) -> None:
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.stdlib.add_log_level,
+            _emit,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.ReturnLoggerFactory(),
+        # Not cached: loggers made at import must follow a reload that changes the level.
+        cache_logger_on_first_use=False,
+    )
+
+
 def _emit(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
     """The last structlog processor: writes the line, hands an empty string to the logger."""
     error = event.pop("exc_info", None)
@@ -278,3 +282,7 @@ def _uncaught(
 def _uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
     if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
         _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+# structlog's own default prints to stdout, past everything above.
+_configure_structlog(logging.CRITICAL)

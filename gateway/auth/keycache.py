@@ -195,6 +195,11 @@ class KeyCache:
         """Forget what is known to be no key."""
         self._negative.clear()
 
+    def forget_periods(self) -> None:
+        """Have the limiter compute each billing period anew: a plan's interval may have changed."""
+        for entry in self._entries.values():
+            entry.subscription.period_start_ms = entry.subscription.period_end_ms = 0
+
     def digests_of(self, subscription_id: str) -> Iterator[bytes]:
         """The cached digests of a subscription."""
         held = self._digests.get(subscription_id)

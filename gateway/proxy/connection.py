@@ -17,8 +17,8 @@ from gateway.proxy.errors import BadUpstreamResponse, ProxyError, UpstreamClosed
 from gateway.proxy.headers import RESPONSE_SPECIAL, Target, connection_tokens
 
 # Above this many buffered body bytes the socket is no longer read: a slow client must cost a
-# bounded amount of memory. It is what one read delivers at most under uvloop.
-READ_HIGH_WATER: Final = 256 * 1024
+# bounded amount of memory. One read under uvloop delivers up to 256,000 bytes on top of it.
+READ_HIGH_WATER: Final = 64 * 1024
 
 # Bodies of a known length up to this are delivered whole: most servers write head and body
 # separately, and one ASGI message pair costs a third of a streamed answer. A body cut short then

@@ -17,7 +17,7 @@ local function gcra_open(row, text, now_us)
   last, backlog, unit = tonumber(last), tonumber(backlog), tonumber(unit)
   if unit ~= period then
     -- The limit was changed: keep the backlog in units, rounded up so that none is given away.
-    backlog = math.ceil(backlog / unit * period)
+    backlog = math.ceil(backlog * period / unit)
   end
   if now_us > last then
     backlog = backlog - (now_us - last) * row[5]

@@ -24,6 +24,7 @@ class State:
     """Live state of one subject. Meters sum up (aggregation sum)."""
 
     backlog: dict[str, tuple[int, Fraction]] = field(default_factory=dict)  # µs, units
+    period_us: dict[str, int] = field(default_factory=dict)  # limit -> grain of its backlog
     windows: dict[str, dict[int, int]] = field(default_factory=dict)  # limit -> start -> count
     spent: list[tuple[int, int, str, int]] = field(default_factory=list)  # ms, period, meter, cost
     leases: dict[str, list[int]] = field(default_factory=dict)  # limit -> expiries in ms
@@ -53,6 +54,9 @@ class Model:
         now_ms = now_us // 1000
         if isinstance(limit, Gcra):
             last, backlog = self.state.backlog.get(limit.name, (now_us, Fraction(0)))
+            if self.state.period_us.get(limit.name, limit.period_us) != limit.period_us:
+                # a changed limit keeps its backlog in units, rounded up to the new grain
+                backlog = Fraction(ceil(backlog * limit.period_us), limit.period_us)
             drained = Fraction((now_us - last) * limit.rate, limit.period_us)
             return limit.burst - max(Fraction(0), backlog - drained)
         if isinstance(limit, FixedWindow):
@@ -96,11 +100,15 @@ class Model:
             ]
             return False, full, clamped
         for limit, refuses, left in zip(limits, full, before, strict=True):
-            if refuses:
-                continue  # a shadow limit does not count what it would have refused
+            if refuses:  # a shadow limit does not count what it would have refused
+                if isinstance(limit, Gcra):  # but what drained until now drained at today's rate
+                    self.state.backlog[limit.name] = (now_us, limit.burst - left)
+                    self.state.period_us[limit.name] = limit.period_us
+                continue
             if isinstance(limit, Gcra):
                 used = limit.burst - left + costs[limit.meter]
                 self.state.backlog[limit.name] = (now_us, used)
+                self.state.period_us[limit.name] = limit.period_us
             elif isinstance(limit, FixedWindow | SlidingWindow):
                 start = now_ms - now_ms % limit.window_ms
                 counts = self.state.windows.setdefault(limit.name, {})
@@ -131,7 +139,3 @@ class Model:
                 hours[hour] = hours.get(hour, 0) + cost
         return periods, hours
 
-
-def gcra_wait_us(limit: Gcra, left: Fraction, cost: int) -> int:
-    """Microseconds until `cost` units fit, when `left` units fit now."""
-    return ceil((cost - left) * limit.period_us / limit.rate)

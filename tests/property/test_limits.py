@@ -124,9 +124,10 @@ def fresh(scripts: Scripts, calendars: dict[str, tuple[PeriodKind, ...]], now_us
 
 
 def scaled(limit: Limit, change: int) -> Limit:
-    """The same limit, by name, with another number; the window of a rate limit stays."""
+    """The same limit, by name, with other numbers."""
     if isinstance(limit, Gcra):
-        return replace(limit, burst=max(1, limit.burst + change))
+        rate = max(1, limit.rate + change)
+        return replace(limit, burst=max(1, limit.burst + change), rate=rate, period_us=7_000_000)
     return replace(limit, limit=max(1, limit.limit + change))
 
 
@@ -150,6 +151,24 @@ def scaled(limit: Limit, change: int) -> Limit:
     interval=1,
     change=0,
     change_at=99,
+)
+@example(  # two requests of one hour, one on each side of a period's boundary
+    limits=[Quota("quota_a", "requests", 3, PeriodKind.BILLING)],
+    steps=[(0, 2, 0), (2 * SECOND_US, 3, 0), (SECOND_US, 1, 0)],
+    start=ms(2024, 2, 29, 10, 29, 59),
+    anchor=ms(2024, 1, 31, 10, 30),
+    interval=1,
+    change=0,
+    change_at=99,
+)
+@example(  # a rate is changed while its backlog is not a whole number of the new unit
+    limits=[Gcra("rate", "requests", 3, SECOND_US, 5)],
+    steps=[(0, 4, 0), (100_001, 1, 0), (100_000, 1, 0), (200_000, 1, 0), (900_001, 2, 0)],
+    start=ms(2026, 6, 14),
+    anchor=ms(2026, 3, 15),
+    interval=1,
+    change=1,
+    change_at=2,
 )
 def test_scripts_agree_with_the_model(
     scripts: Scripts,

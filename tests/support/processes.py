@@ -46,6 +46,7 @@ class Process:
         os.close(fd)
         self.log = Path(name)
         self.argv = list(argv)
+        self._kept: str | None = None
         self.popen = process.spawn(
             self.argv,
             death_signal=signal.SIGTERM,
@@ -60,8 +61,8 @@ class Process:
 
     @property
     def output(self) -> str:
-        """Everything printed so far, stdout and stderr together."""
-        return self.log.read_text(errors="replace")
+        """Everything printed so far, stdout and stderr together; still there after the end."""
+        return self._kept if self._kept is not None else self.log.read_text(errors="replace")
 
     def wait_for_output(self, text: str, deadline_s: float = 20.0) -> str:
         """Poll until `text` was printed; returns the whole output. Fails at once if it ended."""
@@ -125,6 +126,7 @@ class Process:
         from cli.embedded import process
 
         process.stop(self.popen, signal.SIGTERM, 15)
+        self._kept = self.output
         if error is not None:
             sys.stderr.write(f"--- output of {' '.join(self.argv)}\n{self.output}\n---\n")
         self.log.unlink(missing_ok=True)

@@ -35,8 +35,16 @@ def test_any_one_changed_character_is_noticed() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["", "tg_live_", "tg_live_short", "sk_live_" + "a" * 30, "tg_live_" + "a" * 30]
-    + ["tg_live_" + "é" * 30, "tg_live_" + "\0" * 30, "tg_live_" + "a" * 500],
+    [
+        "",
+        "tg_live_",
+        "tg_live_short",
+        "sk_live_" + "a" * 30,
+        "tg_live_" + "a" * 30,
+        "tg_live_" + "é" * 30,
+        "tg_live_" + "\0" * 30,
+        "tg_live_" + "a" * 500,
+    ],
 )
 def test_what_is_no_key_does_not_look_valid(key: str) -> None:
     assert not secrets.looks_valid(key)

@@ -73,7 +73,7 @@ class App:
             if not isinstance(error, ClientDisconnected):
                 await answer(send, error.status, str(error).encode())
         else:
-            self.outcomes[result.outcome] += 1
+            self.outcomes[str(result.outcome)] += 1
 
     def stats(self) -> dict[str, Any]:
         pool = self.pool

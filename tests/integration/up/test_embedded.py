@@ -178,7 +178,7 @@ def test_a_directory_nobody_can_reach_is_one_clear_line(
 ) -> None:
     monkeypatch.setattr(unprivileged, "_namespace_works", lambda: False)
     server_dir.chmod(0o700)
-    with pytest.raises(TallygateError, match="cannot reach .*--data-dir") as refused:
+    with pytest.raises(TallygateError, match=r"cannot reach .*--data-dir") as refused:
         EmbeddedPostgres(server_dir / "postgres", fast=True).start()
     assert "\n" not in str(refused.value)
 
@@ -231,7 +231,7 @@ def test_a_broken_append_only_file_is_one_clear_line(server_dir: Path) -> None:
         client.set("a", "b")
     for file in (server_dir / "valkey" / "appendonlydir").glob("*.incr.aof"):
         file.write_bytes(b"*nonsense\r\n" + file.read_bytes())
-    with pytest.raises(TallygateError, match="Valkey did not start in .*") as refused:
+    with pytest.raises(TallygateError, match=r"Valkey did not start in .*") as refused:
         EmbeddedValkey(server_dir / "valkey").start()
     assert "\n" not in str(refused.value)
 
@@ -269,7 +269,9 @@ class TestDataDir:
         with DataDir(tmp_path / "data", 17):
             pass
         with (
-            pytest.raises(TallygateError, match="'format 1, Postgres 17'.*'format 1, Postgres 18'"),
+            pytest.raises(
+                TallygateError, match=r"'format 1, Postgres 17'.*'format 1, Postgres 18'"
+            ),
             DataDir(tmp_path / "data", 18),
         ):
             pass
@@ -295,7 +297,7 @@ class TestDataDir:
     def test_a_file_in_its_place_is_one_clear_line(self, tmp_path: Path) -> None:
         (tmp_path / "data").write_text("")
         with (
-            pytest.raises(TallygateError, match="not a directory.*--data-dir"),
+            pytest.raises(TallygateError, match=r"not a directory.*--data-dir"),
             DataDir(tmp_path / "data", POSTGRES_MAJOR),
         ):
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from tests.support import Process, free_port, wait_until
+from tests.support.processes import ROOT
 
 CONFIG = """
 upstreams: {demo: {urls: ["${TALLYGATE_DEMO_UPSTREAM}"]}}
@@ -24,7 +26,14 @@ postgres: {url: "${TALLYGATE_POSTGRES_URL}"}
 plans: {free: {limits: {per_second: {rate: 10/s, burst: 20}}}}
 """
 NAMES = ("gateway", "control", "reconciler")
-CLEAN = dict.fromkeys(("TALLYGATE_REDIS_URL", "TALLYGATE_POSTGRES_URL", "TALLYGATE_KEY_PEPPER", "TALLYGATE_DEMO_UPSTREAM", "TALLYGATE_METRICS_DIR"))
+# Set by the caller's shell or not, `up` starts from nothing here.
+CLEAN: dict[str, str | None] = {
+    "TALLYGATE_REDIS_URL": None,
+    "TALLYGATE_POSTGRES_URL": None,
+    "TALLYGATE_KEY_PEPPER": None,
+    "TALLYGATE_DEMO_UPSTREAM": None,
+    "TALLYGATE_METRICS_DIR": None,
+}
 
 
 @pytest.fixture
@@ -32,6 +41,7 @@ def home(server_dir: Path) -> Path:
     """A directory to run `up` in, whose packages of our names are stand-ins."""
     for name in NAMES:
         (server_dir / name).mkdir()
+        (server_dir / name / "__init__.py").touch()  # a package wins over a bare folder
         shutil.copy(Path(__file__).with_name("stand_in.py"), server_dir / name / "__main__.py")
     (server_dir / "config.yaml").write_text(CONFIG)
     return server_dir
@@ -107,6 +117,21 @@ def test_data_pepper_and_store_passwords_survive_a_restart(home: Path) -> None:
     pepper = home / ".tallygate" / "key-pepper"
     assert stat.S_IMODE(pepper.stat().st_mode) == 0o600
     assert "migrated the database" not in up.output
+
+
+def test_the_demo_keys_are_printed_at_every_start(home: Path) -> None:
+    shutil.copy(ROOT / "config.yaml", home / "config.yaml")
+    seen = []
+    for _ in range(2):
+        argv = [sys.executable, "-m", "cli.main", "up"]
+        argv += [f"--gateway-port={free_port()}", f"--control-port={free_port()}"]
+        with Process(argv, env=CLEAN, cwd=home) as up:
+            output = up.wait_for_output("without a key: 401", 60)
+            seen.append(sorted(set(re.findall(r"tg_live_\w+", output))))
+            assert up.terminate() == 0
+    assert seen[0] == seen[1] != []
+    keys = home / ".tallygate" / "demo-keys.json"
+    assert stat.S_IMODE(keys.stat().st_mode) == 0o600
 
 
 def test_sigkill_leaves_no_orphan_and_the_next_start_works_at_once(home: Path) -> None:

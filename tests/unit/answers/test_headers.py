@@ -157,7 +157,7 @@ def test_overage_warning_and_shadow_are_told() -> None:
     assert headers["x-tallygate-warning"] == b"monthly;used=10001;limit=10000"
     assert headers["x-tallygate-overage"] == b"daily"
     assert parse_list(headers["x-tallygate-shadow"]) == [("per_day", {}), ("2nd hour", {})]
-    # A quota that is passed has nothing left, never less than nothing; shadow limits are unheard of.
+    # A quota that is passed has nothing left, never less; shadow limits are not mentioned.
     assert parse_list(headers["ratelimit"]) == [("daily", {"r": 0, "t": 0})]
     assert [item[0] for item in parse_list(headers["ratelimit-policy"])] == ["monthly", "daily"]
 

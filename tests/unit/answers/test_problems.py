@@ -37,7 +37,8 @@ EVERY: dict[str, tuple[Callable[[], Problem], int]] = {
     "subscription-paused": (lambda: problems.subscription(Status.PAUSED, 403, request_id=RID), 403),
     "no-plan": (lambda: problems.forbidden("no-plan", "No plan.", request_id=RID), 403),
     "no-route": (lambda: problems.not_found(request_id=RID), 404),
-    "method-not-allowed": (lambda: problems.method_not_allowed({"PUT", "GET"}, request_id=RID), 405),
+    "method-not-allowed": (
+        lambda: problems.method_not_allowed({"PUT", "GET"}, request_id=RID), 405),
     "content-too-large": (lambda: problems.content_too_large(1024, request_id=RID), 413),
     "header-fields-too-large": (lambda: problems.header_fields_too_large(request_id=RID), 431),
     "bad-request": (lambda: problems.bad_request("Both lengths.", request_id=RID), 400),
@@ -113,8 +114,8 @@ def test_quota_exceeded_says_which_limit_how_much_is_left_and_when_it_resets() -
     assert body["decision_id"] == "dec_01"
     assert (body["limit"], body["remaining"], body["reset"]) == (10_000, 3, 266_400)
     assert body["detail"] == (
-        'Limit "monthly" allows 10000 requests a period; 3 are left, fewer than this request costs. '
-        "It resets in 3 days 2 hours."
+        'Limit "monthly" allows 10000 requests a period; 3 are left, fewer than this request '
+        "costs. It resets in 3 days 2 hours."
     )
     assert headers["retry-after"] == "266400"
     assert headers["ratelimit"] == '"monthly";r=3;t=266400'
@@ -135,15 +136,15 @@ def test_quota_exceeded_has_retry_after_even_without_limit_headers() -> None:
         (FixedWindow("w", "requests", 1, 60_000), 0, 59_999,
          'Limit "w" allows 1 request in 1 minute; 0 are left. It resets in 1 minute.'),
         (FixedWindow("w", "requests", 5, 5_400_000), 1, 3_601_000,
-         'Limit "w" allows 5 requests in 1 hour 30 minutes; 1 is left, fewer than this request '
-         "costs. It resets in 1 hour 1 minute."),
+         ('Limit "w" allows 5 requests in 1 hour 30 minutes; 1 is left, fewer than this request '
+         "costs. It resets in 1 hour 1 minute.")),
         (Quota("q", "tokens", 500, PeriodKind.DAY), 0, 86_399_000,
          'Limit "q" allows 500 tokens a day; 0 are left. It resets in 1 day.'),
         (Quota("q", "gb", 5, PeriodKind.WEEK), 0, 3_600_000,
          'Limit "q" allows 5 GB a week; 0 are left. It resets in 1 hour.'),
         (Concurrency("c", 50), 0, 0,
-         'Limit "c" allows 50 requests at the same time and all of its slots are taken. One is '
-         "free as soon as an earlier request ends."),
+         ('Limit "c" allows 50 requests at the same time and all of its slots are taken. One is '
+         "free as soon as an earlier request ends.")),
     ],
 )  # fmt: skip
 def test_the_sentence_for_each_kind_of_limit(

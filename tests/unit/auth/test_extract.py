@@ -25,9 +25,7 @@ QUERY = KeyExtractor(query="api_key")
         ([(b"x-api-key", b""), (b"x-api-key", b"tg_live_abc")], b"x-api-key"),
     ],
 )
-def test_a_key_is_found_with_its_header(
-    headers: list[tuple[bytes, bytes]], header: bytes
-) -> None:
+def test_a_key_is_found_with_its_header(headers: list[tuple[bytes, bytes]], header: bytes) -> None:
     key, source = DEFAULT.extract(headers, b"")
     assert key == KEY
     assert source is not None

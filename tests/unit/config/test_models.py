@@ -183,9 +183,12 @@ def test_a_narrower_route_before_a_wider_one_is_fine() -> None:
   - {match: {path: /a/*, methods: [GET]}, upstream: api}
   - {match: {path: /a/*}, upstream: api}
   - {match: {path: /ab/*}, upstream: api}
+  - {match: {path: /c, host: one.example.com}, upstream: api}
+  - {match: {path: /c, host: two.example.com}, upstream: api}
+  - {match: {path: /c}, upstream: api}
 """
     )
-    assert len(snapshot.routes) == 4
+    assert len(snapshot.routes) == 7
 
 
 def test_variables_are_filled_in() -> None:

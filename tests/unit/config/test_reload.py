@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +151,64 @@ def test_a_change_between_load_and_watch_is_not_missed(path: Path) -> None:
         )
         task = asyncio.create_task(watcher.run())
         await until(lambda: seen.reloads)
+        task.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_file_that_is_still_being_written_is_left_alone(path: Path) -> None:
+    # Given a file that looks different at every poll, and is not valid yet
+    polls = itertools.count()
+
+    async def main() -> None:
+        seen = Seen()
+        watcher = seen.watch(path)
+        path.write_text(BROKEN)
+        watcher._signature = lambda: (next(polls), 0, 0, 0)  # type: ignore[method-assign]
+        task = asyncio.create_task(watcher.run())
+        await until(lambda: next(polls) > 20)
+        assert (seen.reloads, seen.refusals) == ([], [])
+        # When it is whole and stays so
+        path.write_text(SECOND)
+        watcher._signature = lambda: (-7, 0, 0, 0)  # type: ignore[method-assign]
+        # Then it is taken, once
+        await until(lambda: seen.reloads)
+        assert len(seen.reloads) == 1
+        assert seen.refusals == []
+        task.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_poll_that_was_overtaken_by_a_reload_does_not_undo_it(path: Path) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        seen = Seen()
+        watcher = seen.watch(path)
+        load_now, reloaded, overtaken = watcher._load, threading.Event(), threading.Event()
+
+        def by_hand() -> None:
+            watcher._load = load_now  # type: ignore[method-assign]
+            replace(path, SECOND)
+            watcher.reload()
+            reloaded.set()
+
+        def slow_load() -> Snapshot | ConfigError:
+            stale = load_now()
+            loop.call_soon_threadsafe(by_hand)
+            assert reloaded.wait(20)
+            overtaken.set()
+            return stale
+
+        watcher._load = slow_load  # type: ignore[method-assign]
+        replace(path, FIRST.replace("10/s", "30/s"))
+        task = asyncio.create_task(watcher.run())
+        await until(overtaken.is_set)
+        polls, look = itertools.count(), watcher._signature
+        watcher._signature = lambda: (next(polls), look())[1]  # type: ignore[method-assign]
+        await until(lambda: next(polls) > 10)
+        bursts = [new.plans["free"].limits[0].burst for _, new in seen.reloads]  # type: ignore[union-attr]
+        assert bursts == [20]
         task.cancel()
 
     asyncio.run(main())

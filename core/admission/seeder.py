@@ -1,0 +1,225 @@
+"""Answers cold subjects: reads the ledger, writes the state, lets the check be tried again.
+
+New subject, evicted key, wiped Redis, a plan that counts something the state lacks: one path.
+Requests of the same subject share one run, and subjects that turn up together share its queries, so
+a wiped Redis costs Postgres a few statements per hundred subjects, not one per request.
+
+Steps of a run, and what a crash after each leaves behind:
+  1. read the live states                 nothing
+  2. claim an epoch for those without one an epoch nobody uses; a state seeded by another process
+                                          meanwhile is refused by the ledger until it adopts that
+                                          epoch, which the reconciler makes it do
+  3. read the ledger                      as 2
+  4. write the states (lua/seed.lua)      seeded subjects; the others are cold as before
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+from core import clock, keyspace
+from core.admission.baseline import (
+    Fired,
+    HourTotal,
+    Ledger,
+    PeriodTotal,
+    cold_fields,
+    hours_needed_since,
+    warm_fields,
+)
+from core.admission.program import CalendarUse
+from core.db.pool import Database
+from core.errors import StoreUnavailableError
+from core.policy import Limit, Meter
+from core.redis.scripts import load
+from core.redis.store import Store
+
+# Subjects a run takes at once: bounds its statements and how long a subject waits behind others.
+_MAX_RUN = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """What a rebuilt state depends on; replaced whole when the configuration is reloaded."""
+
+    meters: Mapping[str, Meter]
+    calendars: CalendarUse
+
+
+@dataclass(slots=True)
+class _Request:
+    subject: str
+    key: str
+    limits: tuple[Limit, ...]
+    now_ms: int
+    future: asyncio.Future[None]
+
+
+@dataclass(slots=True)
+class SeedStats:
+    runs: int = 0
+    cold: int = 0
+    warm: int = 0
+    conflicts: int = 0
+    failures: int = 0
+    by_epoch: dict[int, int] = field(default_factory=dict)
+
+
+class Seeder:
+    """Seeds subjects in runs, one at a time. `catalogue()` gives the one in force."""
+
+    def __init__(
+        self, redis: Store, database: Database | None, catalogue: Callable[[], Catalogue]
+    ) -> None:
+        self._redis = redis
+        self._database = database
+        self._catalogue = catalogue
+        self._script = load("seed")
+        self._waiting: dict[str, _Request] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.stats = SeedStats()
+
+    async def seed(self, subject: str, key: str, limits: tuple[Limit, ...], now_ms: int) -> None:
+        """Returns when the subject has been given what it lacked.
+
+        `now_ms` is Redis time as the cold answer told it. The check may still answer COLD, when the
+        state changed meanwhile; then ask again.
+
+        Raises:
+            StoreUnavailableError: Redis or Postgres did not answer.
+        """
+        request = self._waiting.get(subject)
+        if request is None:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            request = self._waiting[subject] = _Request(subject, key, limits, now_ms, future)
+            if self._task is None or self._task.done():
+                self._task = asyncio.create_task(self._run())
+        # shielded: one client that leaves must not cancel the others' run
+        await asyncio.shield(request.future)
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while self._waiting:
+            taken = [self._waiting.pop(name) for name in list(self._waiting)[:_MAX_RUN]]
+            try:
+                await self._seed(taken)
+            except BaseException as error:
+                self.stats.failures += 1
+                for request in taken:
+                    if not request.future.done():
+                        request.future.set_exception(_unavailable(error))
+                        request.future.exception()  # whoever waits has it; nobody may be left
+                if not isinstance(error, Exception):
+                    raise
+                if not isinstance(error, StoreUnavailableError):
+                    raise
+            else:
+                for request in taken:
+                    if not request.future.done():
+                        request.future.set_result(None)
+
+    async def _seed(self, requests: list[_Request]) -> None:
+        self.stats.runs += 1
+        if self._database is None:
+            raise StoreUnavailableError("no ledger is configured")
+        now_ms = max(request.now_ms for request in requests)
+        catalogue = self._catalogue()
+        states = await self._redis.hgetall_many([request.key for request in requests])
+        cold = [r.subject for r, state in zip(requests, states, strict=True) if not state]
+        warm = [r.subject for r, state in zip(requests, states, strict=True) if state]
+        self.stats.cold += len(cold)
+        self.stats.warm += len(warm)
+        epochs: dict[str, tuple[int, int]] = {}
+        for name, subjects in (("claim_epochs", cold), ("read_epochs", warm)):
+            if subjects:
+                for row in await self._database.fetch(name, subjects):
+                    epochs[row["subject"]] = row["epoch"], row["version"]
+        limits = {limit for request in requests for limit in request.limits}
+        ledgers = await read_ledgers(
+            self._database, [r.subject for r in requests], catalogue, limits, now_ms
+        )
+        calls: list[tuple[list[str], list[str | int]]] = []
+        for request, state in zip(requests, states, strict=True):
+            ledger = ledgers.get(request.subject, Ledger())
+            epoch, version = epochs.get(request.subject, (0, 0))
+            meters, calendars = catalogue.meters, catalogue.calendars
+            if state:
+                fields = warm_fields(ledger, state, meters, calendars, now_ms)
+            else:
+                fields = cold_fields(ledger, meters, calendars, request.limits, now_ms)
+            pairs = [part for pair in fields.items() for part in pair]
+            seen = state.get(keyspace.VERSION, "")
+            calls.append(([request.key], [seen, epoch, version, *pairs]))
+        answers = await self._redis.run_many(self._script, calls)
+        self.stats.conflicts += sum(1 for answer in answers if answer == 0)
+
+
+async def read_ledgers(
+    database: Database,
+    subjects: list[str],
+    catalogue: Catalogue,
+    limits: Iterable[Limit],
+    now_ms: int,
+) -> dict[str, Ledger]:
+    """What the ledger knows of each subject at `now_ms`; a subject without rows is left out.
+
+    Rows of meters that the configuration no longer has are left out too.
+
+    Raises:
+        StoreUnavailableError: Postgres did not answer.
+    """
+    meters = catalogue.meters
+    now = clock.to_datetime(now_ms)
+    since = clock.to_datetime(hours_needed_since(now_ms, catalogue.calendars, limits))
+    ledgers: dict[str, Ledger] = {}
+
+    def ledger(subject: str) -> Ledger:
+        return ledgers.setdefault(subject, Ledger())
+
+    def units(meter: str, quantity: Decimal) -> int:
+        return meters[meter].to_units(quantity)
+
+    for row in await database.fetch("current_periods", subjects, now):
+        meter = row["meter"]
+        if meter in meters:
+            ledger(row["subject"]).periods.append(
+                PeriodTotal(
+                    meter,
+                    clock.from_datetime(row["period_start"]),
+                    clock.from_datetime(row["period_end"]),
+                    units(meter, row["total"]),
+                    units(meter, row["overage"]),
+                )
+            )
+    for row in await database.fetch("hours_since", subjects, since):
+        meter = row["meter"]
+        if meter in meters:
+            ledger(row["subject"]).hours.append(
+                HourTotal(
+                    meter,
+                    clock.from_datetime(row["period_start"]),
+                    clock.from_datetime(row["hour_start"]),
+                    units(meter, row["total"]),
+                    units(meter, row["overage"]),
+                )
+            )
+    for row in await database.fetch("thresholds_fired", subjects, now):
+        ledger(row["subject"]).fired.append(
+            Fired(row["limit_name"], clock.from_datetime(row["period_start"]), row["highest"])
+        )
+    return ledgers
+
+
+def _unavailable(error: BaseException) -> StoreUnavailableError:
+    if isinstance(error, StoreUnavailableError):
+        return error
+    return StoreUnavailableError(f"the state could not be rebuilt: {error!r}")

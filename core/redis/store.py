@@ -1,0 +1,131 @@
+"""What the processes ask of Redis off the hot path, with one error for "no answer".
+
+Strings are decoded as UTF-8: keys, fields and values of this layout are ASCII, but for the names of
+subjects. Pipelines are not transactions: each script call is atomic by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from redis.exceptions import NoScriptError, RedisError
+
+from core.errors import StoreUnavailableError
+from core.redis import client as redis_client
+from core.redis.scripts import Script
+
+Argument = str | int
+
+
+class Store:
+    """Named operations on a redis-py client.
+
+    Every method raises `StoreUnavailableError` when Redis does not answer within the client's
+    time-out or answers with an error; `on_error(kind)` is called first, for the metrics.
+    """
+
+    def __init__(
+        self, client: redis_client.Client, on_error: Callable[[str], None] | None = None
+    ) -> None:
+        # redis-py types every reply as a union over all of its options: Any is what it is worth.
+        self._client: Any = client
+        self._on_error = on_error
+
+    @classmethod
+    def connect(
+        cls, url: str, timeout_s: float, on_error: Callable[[str], None] | None = None
+    ) -> Store:
+        """A store on a URL as `core.redis.client.connect` takes it; connects when first used."""
+        return cls(redis_client.connect(url, timeout_s), on_error)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (RedisError, OSError, TimeoutError) as error:
+            kind = "timeout" if isinstance(error, TimeoutError) else "error"
+            if self._on_error is not None:
+                self._on_error(kind)
+            raise StoreUnavailableError(f"Redis: {error or type(error).__name__}") from error
+
+    async def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+        """One script call; strings in its reply are bytes."""
+        return (await self.run_many(script, [(keys, arguments)]))[0]
+
+    async def run_many(
+        self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]
+    ) -> list[Any]:
+        """Script calls in one round trip, each atomic by itself; replies in order.
+
+        A server that does not know the script is given it, and the calls are sent again: it says so
+        before it runs anything, so nothing runs twice.
+        """
+        with self._translated():
+            try:
+                return await self._pipeline(script, calls)
+            except NoScriptError:
+                await self._client.script_load(script.source)
+                return await self._pipeline(script, calls)
+
+    async def _pipeline(
+        self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]
+    ) -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for keys, arguments in calls:
+            pipeline.execute_command("EVALSHA", script.sha, len(keys), *keys, *arguments)
+        replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
+
+    async def hgetall_many(self, keys: Sequence[str]) -> list[dict[str, str]]:
+        """The hashes at `keys`, in order; an empty one where there is none. Each is atomic."""
+        with self._translated():
+            pipeline = self._client.pipeline(transaction=False)
+            for key in keys:
+                pipeline.hgetall(key)
+            found: list[Mapping[bytes, bytes]] = await pipeline.execute()
+        return [{name.decode(): text.decode() for name, text in row.items()} for row in found]
+
+    async def oldest(self, key: str, count: int) -> list[tuple[str, float]]:
+        """The first members of a sorted set with their scores."""
+        with self._translated():
+            rows: list[tuple[bytes, float]] = await self._client.zrange(
+                key, 0, count - 1, withscores=True
+            )
+        return [(member.decode(), score) for member, score in rows]
+
+    async def cardinality(self, key: str) -> int:
+        """Members of a sorted set."""
+        with self._translated():
+            return int(await self._client.zcard(key))
+
+    async def entries(self, stream: str, count: int) -> list[tuple[str, dict[str, str]]]:
+        """The first entries of a stream: id and fields."""
+        with self._translated():
+            rows: list[tuple[bytes, dict[bytes, bytes]]] = await self._client.xrange(
+                stream, count=count
+            )
+        return [
+            (entry.decode(), {name.decode(): text.decode() for name, text in fields.items()})
+            for entry, fields in rows
+        ]
+
+    async def delete_entries(self, stream: str, ids: Sequence[str]) -> None:
+        with self._translated():
+            await self._client.xdel(stream, *ids)
+
+    async def now_ms(self) -> int:
+        """Redis TIME in epoch milliseconds."""
+        with self._translated():
+            seconds, micros = await self._client.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    async def ping(self) -> None:
+        await redis_client.ping(self._client)
+
+    async def close(self) -> None:
+        await self._client.aclose()

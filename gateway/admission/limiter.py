@@ -1,0 +1,182 @@
+"""From a matched, authenticated request to a decision.
+
+A subject that answers COLD is seeded from the ledger and asked again; STALE means that a period
+ended between our guess of Redis time and Redis' own, so the bounds are computed anew from the time
+in the answer. Both count nothing, so asking again is free of double counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from core.admission.program import OVERAGE, REFUSED, WARNED, Program, Verdict
+from core.admission.seeder import Seeder
+from core.errors import StoreUnavailableError
+from core.keyspace import Keyspace
+from core.period import billing_period
+from core.policy import Concurrency
+from gateway.admission.batcher import Batcher
+from gateway.admission.leases import Held, Leases
+from gateway.answers.verdict import LimitState, Policy
+
+# A subject can be cold, conflict with a concurrent change, and meet a period's end; more than that
+# in one request means that something is wrong, and then it is better to say so than to spin.
+_MAX_TRIES = 6
+
+
+class Metered(Protocol):
+    """What the limiter needs of a subscription; the two period fields are its own cache."""
+
+    id: str
+    anchor_ms: int
+    period_start_ms: int
+    period_end_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A program with what its answers are read with. `interval_months` is the plan's."""
+
+    program: Program
+    policies: tuple[Policy, ...]
+    interval_months: int
+
+    @property
+    def lease_ms(self) -> tuple[int, ...]:
+        return tuple(x.lease_ms for x in self.program.limits if isinstance(x, Concurrency))
+
+
+class Decision(NamedTuple):
+    """`states`: one for each limit asked; `held` is to be released when the request ends."""
+
+    admitted: bool
+    overage: bool
+    states: list[LimitState]
+    held: Held | None
+
+
+class Limiter:
+    """Decides requests of one worker."""
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        seeder: Seeder,
+        leases: Leases,
+        keyspace: Keyspace,
+        *,
+        on_event: Callable[[str], None] | None = None,
+    ) -> None:
+        self._batcher = batcher
+        self._seeder = seeder
+        self._leases = leases
+        self._keyspace = keyspace
+        self._state_prefix = keyspace.state("")
+        self._on_event = on_event
+
+    async def admit(self, admission: Admission, subscription: Metered, request_id: str) -> Decision:
+        """Asks for one request of a subscription.
+
+        Raises:
+            StoreUnavailableError: no decision could be had; nothing may be served.
+        """
+        batcher = self._batcher
+        program = admission.program
+        keys = self._keys(subscription.id, program)
+        for _ in range(_MAX_TRIES):
+            now_ms = batcher.redis_now_ms()
+            if not subscription.period_start_ms <= now_ms < subscription.period_end_ms:
+                self._set_period(admission, subscription, now_ms)
+            numbers = await batcher.submit(
+                program,
+                keys,
+                subscription.period_start_ms,
+                subscription.period_end_ms,
+                request_id,
+            )
+            status = numbers[1]
+            if status <= Verdict.REJECT:
+                return self._decision(admission, numbers, keys, request_id)
+            if status == Verdict.COLD:
+                await self._seeder.seed(subscription.id, keys[0], program.limits, numbers[0])
+            else:
+                self._set_period(admission, subscription, numbers[0])
+        raise StoreUnavailableError("the subject's state kept changing; no decision was reached")
+
+    async def admit_anonymous(
+        self, admission: Admission, subject: str, request_id: str
+    ) -> Decision:
+        """Asks for one request of a keyless route; `subject` names plan and client address.
+
+        Raises:
+            StoreUnavailableError: no decision could be had; nothing may be served.
+        """
+        keys = self._keys(subject, admission.program)
+        for _ in range(_MAX_TRIES):
+            numbers = await self._batcher.submit(admission.program, keys, 0, 0, request_id)
+            if numbers[1] <= Verdict.REJECT:
+                return self._decision(admission, numbers, keys, request_id)
+        raise StoreUnavailableError("the calendar kept changing; no decision was reached")
+
+    def _keys(self, subject: str, program: Program) -> tuple[str, ...]:
+        keyspace = self._keyspace
+        if not program.lease_limits:
+            return (keyspace.state(subject),)
+        leases = (keyspace.leases(subject, name) for name in program.lease_limits)
+        return (keyspace.state(subject), *leases)
+
+    @staticmethod
+    def _set_period(admission: Admission, subscription: Metered, now_ms: int) -> None:
+        subscription.period_start_ms, subscription.period_end_ms = billing_period(
+            subscription.anchor_ms, admission.interval_months, now_ms
+        )
+
+    def _decision(
+        self,
+        admission: Admission,
+        numbers: Sequence[int],
+        keys: tuple[str, ...],
+        request_id: str,
+    ) -> Decision:
+        admitted = numbers[1] == Verdict.ADMIT
+        states: list[LimitState] = []
+        at = 2
+        any_overage = False
+        for static, divisor, enforce in admission.policies:
+            flags = numbers[at]
+            remaining = numbers[at + 1]
+            if divisor != 1:
+                remaining //= divisor
+            if not flags:
+                states.append(LimitState(*static, remaining, numbers[at + 2]))
+            else:
+                refused = flags == REFUSED
+                overage = flags == OVERAGE
+                any_overage = any_overage or overage
+                states.append(
+                    LimitState(
+                        *static,
+                        remaining,
+                        numbers[at + 2],
+                        not (refused and enforce),
+                        overage,
+                        flags == WARNED,
+                        refused and not enforce,
+                    )
+                )
+                self._report(flags, enforce)
+            at += 3
+        held = None
+        if admitted and admission.program.lease_limits:
+            held = self._leases.hold(request_id, keys[1:], admission.lease_ms)
+        return Decision(admitted, any_overage, states, held)
+
+    def _report(self, flags: int, enforce: bool) -> None:
+        if self._on_event is None:
+            return
+        if flags == REFUSED:
+            self._on_event("refused" if enforce else "shadow_refused")
+        else:
+            self._on_event("overage" if flags == OVERAGE else "warned")

@@ -1,0 +1,212 @@
+"""Composition root of one gateway worker: opens what it holds and wires it together."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from core import clock
+from core.admission.seeder import Seeder
+from core.config import ConfigWatcher, Snapshot, restart_needed
+from core.db import Database, connect_pool
+from core.errors import ConfigError, TallygateError
+from core.keyspace import Keyspace
+from core.redis.scripts import load
+from core.redis.store import Store
+from core.secrets import KeyHasher
+from core.telemetry import logs
+from core.telemetry.local import LocalMetrics
+from core.telemetry.metrics import Metrics, setup
+from gateway.admission.batcher import Batcher
+from gateway.admission.leases import Leases
+from gateway.admission.limiter import Limiter
+from gateway.auth import Authenticator, KeyCache, KeyExtractor, KeyLoader
+from gateway.responder import Receive, Responder, Scope, Send
+from gateway.runtime import Runtime
+
+_log = logs.get_logger()
+
+# Answered here whatever the routes say, as a load balancer asks each worker's port.
+HEALTH_PATH = "/-/healthz"
+READY_PATH = "/-/readyz"
+
+# Seeding and leases are off the hot path; a cold connection needs more than a check's 50 ms.
+_STORE_TIMEOUT_S = 1.0
+
+
+class Gateway:
+    """The ASGI application of one worker. `await open()` first, `await close()` at the end."""
+
+    def __init__(self, path: Path, snapshot: Snapshot) -> None:
+        settings = snapshot.settings
+        self._redis_url = _required(settings.redis.url, "redis.url", "TALLYGATE_REDIS_URL")
+        self._postgres_url = _required(
+            settings.postgres.url, "postgres.url", "TALLYGATE_POSTGRES_URL"
+        )
+        pepper = settings.secrets.key_pepper
+        self._hasher = KeyHasher(
+            _required(
+                pepper.get_secret_value() if pepper else None,
+                "secrets.key_pepper",
+                "TALLYGATE_KEY_PEPPER",
+            )
+        )
+        self.metrics: Metrics = setup(settings.telemetry.metrics_dir, "gateway")
+        self.local = LocalMetrics(self.metrics)
+        self.config = ConfigWatcher(
+            path, snapshot, on_reload=self._reloaded, on_refused=self._refused
+        )
+        self.runtime = Runtime(snapshot, {})
+        self._keyspace = Keyspace()
+        self._tasks: list[asyncio.Task[Any]] = []
+
+    async def open(self) -> None:
+        """Connects. A store that is down is no error: the worker answers 503 and tries again."""
+        settings = self.config.current.settings
+        loop = asyncio.get_running_loop()
+        self._store = Store.connect(self._redis_url, _STORE_TIMEOUT_S, self.local.redis_errors.inc)
+        self._database: Database = await connect_pool(
+            self._postgres_url,
+            size=settings.postgres.pool,
+            timeout_s=settings.postgres.timeout_ms / 1000,
+            on_query=self._on_query,
+            require=False,
+        )
+        cache_settings = settings.gateway.key_cache
+        self.cache = KeyCache(
+            size=cache_settings.size,
+            ttl_ms=cache_settings.ttl_ms,
+            negative_ttl_ms=cache_settings.negative_ttl_ms,
+        )
+        self._loader = KeyLoader(self._database, self._postgres_url, self.cache, clock=clock.now_ms)
+        self._loader.start()
+        admission = settings.gateway.admission
+        self._batcher = Batcher(
+            self._redis_url,
+            load("admit"),
+            self._keyspace.dirty(0),
+            self._keyspace.events(0),
+            timeout_s=admission.timeout_ms / 1000,
+            max_batch=admission.max_batch,
+            max_in_flight=admission.max_in_flight,
+            on_batch=self._on_batch,
+            on_error=self.local.redis_errors.inc,
+        )
+        await self._batcher.start()
+        self._seeder = Seeder(self._store, self._database, lambda: self.runtime.catalogue)
+        self._leases = Leases(self._store)
+        self._limiter = Limiter(
+            self._batcher,
+            self._seeder,
+            self._leases,
+            self._keyspace,
+            on_event=self.local.limit_events.inc,
+        )
+        self._respond = self._responder()
+        self.local.start(loop)
+        self.metrics.config_applied(self.config.current.digest)
+        self._tasks.append(asyncio.create_task(self.config.run(), name="config-watcher"))
+
+    async def close(self) -> None:
+        """Gives leases back and closes everything; waits for no more than the time-outs."""
+        for task in self._tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STORE_TIMEOUT_S * 2):
+                await self._leases.close()
+        await self._loader.close()
+        await self._seeder.close()
+        await self._batcher.close()
+        for pool in self.runtime.pools.values():
+            pool.close()
+        await self._store.close()
+        await self._database.close()
+        self.local.stop()
+
+    def _responder(self) -> Responder:
+        key = self.config.current.settings.gateway.key
+        authenticator = Authenticator(
+            extractor=KeyExtractor(key.headers, key.query),
+            hasher=self._hasher,
+            cache=self.cache,
+            loader=self._loader,
+            clock=clock.now_ms,
+        )
+        return Responder(self.runtime, authenticator, self._limiter, self._leases, self.local)
+
+    # ASGI
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1011})
+            return
+        path = scope["path"]
+        if path.startswith("/-/") and path in (HEALTH_PATH, READY_PATH):
+            await self._health(path, send)
+            return
+        await self._respond(scope, receive, send)
+
+    async def _health(self, path: str, send: Send) -> None:
+        # Postgres being away is no reason to take a worker out: cached keys go on working.
+        ready = path == HEALTH_PATH or self._batcher.connected
+        body = orjson.dumps(
+            {
+                "status": "ok" if ready else "unavailable",
+                "redis": "ok" if self._batcher.connected else "down",
+                "postgres": "ok" if self._database.healthy else "down",
+                "config": self.config.current.digest[:12],
+            }
+        )
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"cache-control", b"no-store"),
+        ]
+        await send(
+            {"type": "http.response.start", "status": 200 if ready else 503, "headers": headers}
+        )
+        await send({"type": "http.response.body", "body": body})
+
+    # Events
+
+    def _on_batch(self, size: int, _seconds: float) -> None:
+        self.local.admission_batch.observe(size)
+
+    def _on_query(self, name: str, seconds: float, ok: bool) -> None:
+        self.metrics.postgres_seconds.labels(name).observe(seconds)
+        if not ok:
+            self.metrics.postgres_errors.inc()
+
+    def _reloaded(self, old: Snapshot, new: Snapshot) -> None:
+        runtime = Runtime(new, self.runtime.pools)
+        retired = [pool for up, pool in self.runtime.pools.items() if up not in runtime.pools]
+        self.runtime = runtime
+        self.cache.forget_periods()  # a plan's interval may have changed
+        self._respond = self._responder()
+        for pool in retired:
+            pool.close()
+        self.metrics.config_applied(new.digest)
+        logs.configure(new.settings.log.level, new.settings.log.format, "gateway")
+        _log.info("config_applied", digest=new.digest[:12], restart_needed=restart_needed(old, new))
+
+    def _refused(self, error: ConfigError) -> None:
+        self.metrics.config_refused()
+        _log.error("config_refused", source=error.source, problems=error.problems)
+
+
+def _required(value: str | None, name: str, variable: str) -> str:
+    if not value:
+        raise TallygateError(
+            f"{name}: not set: give it in the configuration or set {variable}; "
+            "`tallygate up` provides it by itself"
+        )
+    return value
+
+
+__all__ = ["HEALTH_PATH", "READY_PATH", "Gateway"]

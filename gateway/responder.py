@@ -1,0 +1,309 @@
+"""One request from its match to its answer: match, authenticate, decide, relay, count.
+
+The order matters for money: a request that is refused for any reason is not counted, and one that
+reaches an upstream was counted durably before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from itertools import count
+from typing import Any
+
+from core import clock, ids
+from core.errors import StoreUnavailableError
+from core.policy import Status
+from core.telemetry import logs
+from core.telemetry.local import LocalMetrics
+from gateway.admission.leases import Leases
+from gateway.admission.limiter import Decision, Limiter
+from gateway.answers import problems
+from gateway.answers.problems import Problem
+from gateway.auth import Authenticator
+from gateway.auth import Outcome as Auth
+from gateway.auth.keycache import Subscription
+from gateway.proxy.errors import BadRequest, ClientDisconnected, ProxyError
+from gateway.proxy.relay import Outcome, RelayResult, relay
+from gateway.proxy.request import RequestHead
+from gateway.runtime import PlanOnRoute, RouteRuntime, Runtime
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+# What a client is told when no decision can be had: short, since a restart of Redis is.
+_OUTAGE_RETRY_S = 1
+
+
+class Refusal(Exception):
+    """Ends a request with a problem. `reason` is a limit's name or the problem's slug."""
+
+    def __init__(self, problem: Problem, outcome: str, reason: str, decision_id: str = "") -> None:
+        self.problem = problem
+        self.outcome = outcome
+        self.reason = reason
+        self.decision_id = decision_id
+
+
+class Responder:
+    """Answers requests under one runtime; made anew for each configuration."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        authenticator: Authenticator,
+        limiter: Limiter,
+        leases: Leases,
+        metrics: LocalMetrics,
+    ) -> None:
+        self.runtime = runtime
+        self._authenticator = authenticator
+        self._limiter = limiter
+        self._leases = leases
+        self._metrics = metrics
+        self._upstream_seconds = {
+            upstream.name: metrics.upstream(upstream.name) for upstream in runtime.pools
+        }
+        self._access_log = runtime.snapshot.settings.gateway.access_log
+        # Unique over workers and restarts, and far cheaper than a random identifier a request.
+        self._id_prefix = f"req_{ids.ulid()}_"
+        self._id_numbers = count(1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request. Exactly one outcome is recorded for it, whatever happens."""
+        metrics = self._metrics
+        request_id = f"{self._id_prefix}{next(self._id_numbers):x}"
+        route_name = plan_name = subject = ""
+        outcome = "error"
+        decision: Decision | None = None
+        metrics.in_flight += 1
+        try:
+            route = self._match(scope, request_id)
+            route_name = route.route.name
+            if route.anonymous is not None:
+                on_route = route.anonymous
+                plan_name = on_route.plan.name
+                head = self._head(route, None, scope, request_id)
+                client = self.runtime.trusted.client_ip(scope)
+                subject = f"ip:{plan_name}:{client}"
+                started = clock.monotonic()
+                decision = await self._limiter.admit_anonymous(
+                    on_route.admission, subject, request_id
+                )
+            else:
+                subscription, source = await self._authenticate(scope, request_id)
+                subject, plan_name = subscription.id, subscription.plan
+                on_route = self._plan(route, subscription, request_id)
+                head = self._head(route, source, scope, request_id)
+                started = clock.monotonic()
+                decision = await self._limiter.admit(on_route.admission, subscription, request_id)
+            metrics.admission.observe(clock.monotonic() - started)
+            limit_headers = on_route.headers.of(decision.states)
+            if not decision.admitted:
+                raise self._limited(decision, limit_headers, head, request_id)
+            limit_headers.append((b"x-request-id", head.request_id))
+            result = await relay(
+                receive,
+                send,
+                pool=route.pool,
+                head=head,
+                extra_response_headers=limit_headers,
+                drop_response_headers=self.runtime.drop_response_headers,
+            )
+            outcome = self._relayed(result, route, decision)
+        except Refusal as refusal:
+            outcome = refusal.outcome
+            await self._refuse(refusal, scope, send, subject, route_name, plan_name, request_id)
+        except StoreUnavailableError as error:
+            outcome = "outage"
+            problem = problems.temporary_reduced_capacity(_OUTAGE_RETRY_S, request_id=request_id)
+            logs.get_logger().warning("no_decision", reason=str(error), request_id=request_id)
+            await self._answer(problem, scope, send, request_id)
+        except ClientDisconnected:
+            outcome = "client_gone"
+        except ProxyError as error:
+            outcome = await self._upstream_failed(error, route, scope, send, request_id)
+        except Exception:
+            logs.get_logger().exception("request_failed", request_id=request_id, route=route_name)
+            await self._answer(
+                problems.internal_error(request_id=request_id), scope, send, request_id
+            )
+        finally:
+            metrics.in_flight -= 1
+            metrics.record(route_name, plan_name, outcome)
+            if decision is not None and decision.held is not None:
+                self._leases.release(decision.held)
+            if self._access_log:
+                logs.get_logger().info(
+                    "request",
+                    request_id=request_id,
+                    method=scope["method"],
+                    path=scope["path"],
+                    route=route_name,
+                    subject=subject,
+                    plan=plan_name,
+                    outcome=outcome,
+                )
+
+    # Steps
+
+    def _match(self, scope: Scope, request_id: str) -> RouteRuntime:
+        path: str = scope["path"]
+        if "/." in path and any(part in (".", "..") for part in path.split("/")):
+            # An upstream that resolves them would serve another path than the one we matched.
+            problem = problems.bad_request(
+                "The path contains `.` or `..` segments; send the resolved path.",
+                request_id=request_id,
+            )
+            raise Refusal(problem, "unrouted", "dot-segments")
+        runtime = self.runtime
+        host = _host(scope) if runtime.match_host else ""
+        route = runtime.router.match(path, scope["method"], host)
+        if route is not None:
+            return route
+        allowed = runtime.router.allowed(path, host)
+        if allowed:
+            problem = problems.method_not_allowed(allowed, request_id=request_id)
+            raise Refusal(problem, "unrouted", "method-not-allowed")
+        raise Refusal(problems.not_found(request_id=request_id), "unrouted", "not-found")
+
+    async def _authenticate(self, scope: Scope, request_id: str) -> tuple[Subscription, Any]:
+        headers, query = scope["headers"], scope["query_string"]
+        outcome, entry, source = self._authenticator.authenticate(headers, query)
+        metrics = self._metrics
+        if outcome is Auth.PENDING:
+            outcome, entry, source = await self._authenticator.authenticate_slow(headers, query)
+            metrics.key_cache_misses.inc("valid" if entry is not None else "invalid")
+        elif entry is not None:
+            metrics.key_cache_hits.inc("valid")
+        elif outcome is not Auth.MISSING:
+            metrics.key_cache_hits.inc("invalid")
+        if outcome is Auth.OK:
+            assert entry is not None
+            return entry.subscription, source
+        if outcome is Auth.UNAVAILABLE:
+            raise StoreUnavailableError("the key is not cached and Postgres does not answer")
+        if outcome is Auth.MISSING:
+            problem, reason = problems.missing_key(request_id=request_id), "missing-key"
+        elif outcome is Auth.EXPIRED:
+            problem, reason = problems.expired_key(request_id=request_id), "expired-key"
+        elif outcome is Auth.INACTIVE:
+            problem, reason = problems.inactive_key(request_id=request_id), "inactive-key"
+            raise Refusal(problem, "forbidden", reason)
+        else:
+            problem, reason = problems.invalid_key(request_id=request_id), "invalid-key"
+        raise Refusal(problem, "unauthorized", reason)
+
+    @staticmethod
+    def _plan(route: RouteRuntime, subscription: Subscription, request_id: str) -> PlanOnRoute:
+        on_route = route.plans.get(subscription.plan)
+        if on_route is None:
+            problem = problems.forbidden(
+                "unknown-plan",
+                "The subscription's plan is not in force. Its provider has to mend that.",
+                request_id=request_id,
+            )
+            raise Refusal(problem, "forbidden", "unknown-plan")
+        status = subscription.status
+        if status is not Status.ACTIVE:
+            code = on_route.plan.status_rule[status]
+            if code is not None:
+                problem = problems.subscription(status, code, request_id=request_id)
+                raise Refusal(problem, "payment" if code == 402 else "forbidden", status.value)
+        return on_route
+
+    @staticmethod
+    def _head(route: RouteRuntime, source: Any, scope: Scope, request_id: str) -> RequestHead:
+        try:
+            return route.rules(source).head(scope, request_id.encode())
+        except BadRequest as error:
+            problem = problems.bad_request(str(error), request_id=request_id)
+            raise Refusal(problem, "error", "bad-request") from None
+
+    @staticmethod
+    def _limited(
+        decision: Decision,
+        limit_headers: list[tuple[bytes, bytes]],
+        head: RequestHead,
+        request_id: str,
+    ) -> Refusal:
+        decision_id = "dec_" + request_id.removeprefix("req_")
+        problem = problems.quota_exceeded(
+            decision.states,
+            request_id=head.request_id.decode("latin-1"),
+            decision_id=decision_id,
+            limit_headers=limit_headers,
+        )
+        names = ",".join(state.name for state in decision.states if not state.allowed)
+        return Refusal(problem, "limited", names, decision_id)
+
+    def _relayed(self, result: RelayResult, route: RouteRuntime, decision: Decision) -> str:
+        upstream = route.route.upstream
+        self._upstream_seconds[upstream].observe(result.upstream_ms / 1000)
+        if result.outcome is Outcome.COMPLETE:
+            return "overage" if decision.overage else "admitted"
+        if result.outcome is Outcome.CLIENT_GONE:
+            return "client_gone"
+        self._metrics.upstream_errors.inc(upstream, result.error.code if result.error else "broken")
+        return "upstream_error"
+
+    async def _refuse(
+        self,
+        refusal: Refusal,
+        scope: Scope,
+        send: Send,
+        subject: str,
+        route: str,
+        plan: str,
+        request_id: str,
+    ) -> None:
+        logs.rejection(
+            refusal.problem.status,
+            refusal.reason,
+            subject,
+            route,
+            plan,
+            request_id,
+            refusal.decision_id,
+        )
+        await self._answer(refusal.problem, scope, send, request_id)
+
+    async def _upstream_failed(
+        self, error: ProxyError, route: RouteRuntime, scope: Scope, send: Send, request_id: str
+    ) -> str:
+        upstream = route.pool.upstream
+        self._metrics.upstream_errors.inc(upstream.name, error.code)
+        logs.get_logger().warning(
+            "upstream_failed",
+            upstream=upstream.name,
+            code=error.code,
+            reason=str(error),
+            request_id=request_id,
+        )
+        if isinstance(error, BadRequest):
+            problem = problems.bad_request(str(error), request_id=request_id)
+        elif error.status == 504:
+            problem = problems.gateway_timeout(upstream.response_timeout_ms, request_id=request_id)
+        elif error.status == 503:
+            problem = problems.temporary_reduced_capacity(_OUTAGE_RETRY_S, request_id=request_id)
+        else:
+            problem = problems.bad_gateway(request_id=request_id)
+        await self._answer(problem, scope, send, request_id)
+        return "upstream_error"
+
+    @staticmethod
+    async def _answer(problem: Problem, scope: Scope, send: Send, request_id: str) -> None:
+        headers = [*problem.headers, (b"x-request-id", request_id.encode())]
+        await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+        body = b"" if scope["method"] == "HEAD" else problem.body
+        await send({"type": "http.response.body", "body": body})
+
+
+def _host(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"host":
+            host: str = value.decode("latin-1").lower()
+            if host.startswith("["):
+                return host.partition("]")[0] + "]"
+            return host.partition(":")[0]
+    return ""

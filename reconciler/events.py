@@ -1,0 +1,105 @@
+"""The way of a limit event into Postgres: at least once out of the stream, once into the table.
+
+Steps of `store_once`, and what a crash after each leaves behind:
+  1. read the oldest entries      nothing
+  2. store_events                 stored, still in the stream: stored again it changes nothing
+  3. delete the entries           done
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+
+from core import clock
+from core.db import Database
+from core.keyspace import Keyspace, subject_of
+from core.policy import Meter
+from core.redis.store import Store
+from core.telemetry import logs
+
+_log = logs.get_logger()
+
+# In the scripts 101 stands for "above the limit"; people read 100 and the kind.
+_EXCEEDED, _FULL = 101, 100
+
+
+class EventStore:
+    """Moves limit events of one shard. `on_event(kind)` is called for each new row."""
+
+    def __init__(
+        self,
+        store: Store,
+        database: Database,
+        keyspace: Keyspace,
+        meter_of: Callable[[str], Meter | None],
+        *,
+        shard: int = 0,
+        batch: int = 500,
+        on_event: Callable[[str], None] | None = None,
+    ) -> None:
+        self._store = store
+        self._database = database
+        self._stream = keyspace.events(shard)
+        self._meter_of = meter_of
+        self._batch = batch
+        self._on_event = on_event
+
+    async def store_all(self) -> int:
+        """Moves everything that is in the stream; returns the number of new rows.
+
+        Raises:
+            StoreUnavailableError: Redis or Postgres did not answer; what was moved stays moved.
+        """
+        total = 0
+        while True:
+            read, stored = await self.store_once()
+            total += stored
+            if read < self._batch:
+                return total
+
+    async def store_once(self) -> tuple[int, int]:
+        """One batch: entries read, rows that were new."""
+        # Step 1
+        entries = await self._store.entries(self._stream, self._batch)
+        if not entries:
+            return 0, 0
+        columns: list[list[object]] = [[] for _ in range(11)]
+        for entry_id, fields in entries:
+            try:
+                values = self._row(entry_id, fields)
+            except (KeyError, ValueError) as error:
+                _log.error("limit_event_unreadable", id=entry_id, fields=fields, reason=str(error))
+                continue
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+        # Step 2
+        rows = await self._database.fetch("store_events", *columns)
+        # Step 3
+        await self._store.delete_entries(self._stream, [entry_id for entry_id, _ in entries])
+        for row in rows:
+            _log.info("limit_event", **dict(row))
+            if self._on_event is not None:
+                self._on_event(row["kind"])
+        return len(entries), len(rows)
+
+    def _row(self, entry_id: str, fields: Mapping[str, str]) -> tuple[object, ...]:
+        threshold = int(fields["threshold"])
+        return (
+            subject_of(fields["key"]),
+            fields["limit"],
+            fields["meter"],
+            fields["kind"],
+            _FULL if threshold == _EXCEEDED else threshold,
+            self._quantity(fields["meter"], fields["used"]),
+            self._quantity(fields["meter"], fields["max"]),
+            clock.to_datetime(int(fields["start"])),
+            clock.to_datetime(int(fields["end"])),
+            clock.to_datetime(int(fields["at"])),
+            entry_id,
+        )
+
+    def _quantity(self, name: str, units: str) -> Decimal:
+        meter = self._meter_of(name)
+        # A meter that was taken out of the configuration: better a row in smallest units than none.
+        return meter.from_units(int(units)) if meter else Decimal(int(units))

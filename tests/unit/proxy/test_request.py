@@ -1,0 +1,215 @@
+"""The upstream request head, byte for byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gateway.forwarded import TrustedProxies
+from gateway.proxy.errors import BadRequest
+from gateway.proxy.headers import check_headers, connection_tokens, parse_target
+from gateway.proxy.request import RequestRules, drop_parameters, strip_prefix
+
+
+def scope(
+    *headers: tuple[bytes, bytes],
+    method: str = "GET",
+    raw_path: bytes = b"/x",
+    query: bytes = b"",
+    peer: str = "192.0.2.1",
+    scheme: str = "http",
+) -> dict[str, Any]:
+    return {
+        "method": method,
+        "raw_path": raw_path,
+        "query_string": query,
+        "client": (peer, "1234"),
+        "scheme": scheme,
+        "headers": [(b"host", b"api.example"), *headers],
+    }
+
+
+def fields(rules: RequestRules, *headers: tuple[bytes, bytes], **options: Any) -> list[bytes]:
+    compiled = rules.head(scope(*headers, **options), b"id-1").fields
+    assert compiled.endswith(b"\r\n\r\n")
+    return compiled[:-4].split(b"\r\n")
+
+
+def test_the_whole_head() -> None:
+    head = RequestRules().head(scope((b"accept", b"*/*"), query=b"a=1"), b"id-1")
+
+    assert head.to(parse_target("http://10.0.0.1:9000/base/")) == (
+        b"GET /base/x?a=1 HTTP/1.1\r\n"
+        b"host: 10.0.0.1:9000\r\n"
+        b"accept: */*\r\n"
+        b"x-forwarded-for: 192.0.2.1\r\n"
+        b"x-forwarded-proto: http\r\n"
+        b"x-forwarded-host: api.example\r\n"
+        b"x-request-id: id-1\r\n"
+        b"\r\n"
+    )
+
+
+def test_hop_by_hop_fields_and_those_connection_names_are_removed() -> None:
+    left = fields(
+        RequestRules(drop_headers=(b"X-Api-Key",)),
+        (b"connection", b"close, X-Hop , host, content-length"),
+        (b"x-hop", b"1"),
+        (b"x-hopper", b"1"),
+        (b"keep-alive", b"1"),
+        (b"proxy-authorization", b"1"),
+        (b"te", b"trailers"),
+        (b"trailer", b"x"),
+        (b"upgrade", b"h2c"),
+        (b"expect", b"100-continue"),
+        (b"x-api-key", b"secret"),
+        (b"content-length", b"3"),
+        method="POST",
+    )
+    names = [line.partition(b":")[0] for line in left]
+    assert names == [
+        b"x-hopper",
+        b"x-forwarded-for",
+        b"x-forwarded-proto",
+        b"x-forwarded-host",
+        b"x-request-id",
+        b"content-length",
+    ]
+
+
+def test_a_strangers_forwarding_fields_are_replaced() -> None:
+    left = fields(
+        RequestRules(trusted=TrustedProxies(["10.0.0.0/8"])),
+        (b"x-forwarded-for", b"1.1.1.1"),
+        (b"x-forwarded-proto", b"https"),
+        (b"x-real-ip", b"1.1.1.1"),
+        (b"forwarded", b"for=1.1.1.1"),
+    )
+    assert left[:3] == [
+        b"x-forwarded-for: 192.0.2.1",
+        b"x-forwarded-proto: http",
+        b"x-forwarded-host: api.example",
+    ]
+    assert b"1.1.1.1" not in b"".join(left)
+
+
+def test_a_trusted_proxys_forwarding_fields_are_continued() -> None:
+    left = fields(
+        RequestRules(trusted=TrustedProxies(["10.0.0.0/8"])),
+        (b"x-forwarded-for", b"1.1.1.1"),
+        (b"x-forwarded-for", b"10.0.0.9"),
+        (b"x-forwarded-proto", b"https"),
+        (b"forwarded", b"for=1.1.1.1"),
+        peer="10.0.0.1",
+    )
+    assert left[:4] == [
+        b"x-forwarded-for: 1.1.1.1, 10.0.0.9, 10.0.0.1",
+        b"x-forwarded-proto: https",
+        b"forwarded: for=1.1.1.1, for=10.0.0.1;proto=http",
+        b"x-forwarded-host: api.example",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"), [(b"mine", b"mine"), (b"", b"id-1"), (b"x" * 129, b"id-1")]
+)
+def test_a_usable_request_id_is_kept(sent: bytes, kept: bytes) -> None:
+    head = RequestRules().head(scope((b"x-request-id", sent)), b"id-1")
+    assert head.request_id == kept
+    assert head.fields.count(b"x-request-id: " + kept + b"\r\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "length"),
+    [
+        ([], 0),
+        ([(b"content-length", b"0")], 0),
+        ([(b"content-length", b"17")], 17),
+        ([(b"transfer-encoding", b"Chunked")], -1),
+    ],
+)
+def test_body_framing(headers: list[tuple[bytes, bytes]], length: int) -> None:
+    assert RequestRules().head(scope(*headers)).body_length == length
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"content-length", b"1"), (b"content-length", b"2")],
+        [(b"content-length", b"1"), (b"transfer-encoding", b"chunked")],
+        [(b"content-length", b"-1")],
+        [(b"content-length", b"1e3")],
+        [(b"content-length", b"9" * 40)],
+        [(b"transfer-encoding", b"gzip, chunked")],
+        [(b"transfer-encoding", b"chunked"), (b"transfer-encoding", b"chunked")],
+        [(b"x", b"a\r\nevil: 1")],
+        [(b"x", b"a\nevil: 1")],
+        [(b"x\r", b"a")],
+    ],
+)
+def test_unsafe_requests_are_refused(headers: list[tuple[bytes, bytes]]) -> None:
+    with pytest.raises(BadRequest):
+        RequestRules().head(scope(*headers))
+
+
+@pytest.mark.parametrize(
+    ("raw", "rest"),
+    [
+        (b"/weather/today", b"/today"),
+        (b"/weather", b"/"),
+        (b"/weather/", b"/"),
+        (b"/weather//a%2Fb", b"//a%2Fb"),
+        (b"/weatherman", b"/weatherman"),
+        (b"/%77eather/%41", b"/%41"),
+        (b"/w%65ath%65r", b"/"),
+        (b"/%77", b"/%77"),
+        (b"/other", b"/other"),
+        (b"*", b"*"),
+    ],
+)
+def test_the_prefix_goes_at_a_segment_boundary(raw: bytes, rest: bytes) -> None:
+    assert strip_prefix(raw, b"/weather") == rest
+
+
+def test_dropped_parameters_go_however_they_are_spelled() -> None:
+    names = frozenset((b"api_key",))
+    assert drop_parameters(b"a=%20&api_key=1&b&%61pi_key=2&api_keys=3", names) == (
+        b"a=%20&b&api_keys=3"
+    )
+
+
+def test_options_asterisk_has_no_base() -> None:
+    head = RequestRules().head(scope(method="OPTIONS", raw_path=b"*"))
+    assert head.to(parse_target("http://h/base")).startswith(b"OPTIONS * HTTP/1.1\r\nhost: h\r\n")
+
+
+@pytest.mark.parametrize(
+    ("url", "authority"),
+    [("http://h", b"h"), ("http://h:80/", b"h"), ("http://[::1]:81", b"[::1]:81")],
+)
+def test_targets(url: str, authority: bytes) -> None:
+    assert parse_target(url).authority == authority
+
+
+@pytest.mark.parametrize("url", ["https://h", "h:80", "http://", "http://u@h", "http://h/?q"])
+def test_unusable_targets(url: str) -> None:
+    with pytest.raises(ValueError, match="upstream URL"):
+        parse_target(url)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(b"", b"x"), (b"a b", b"x"), (b"a:", b"x"), (b"a", b"x\r\ny"), (b"a", b"\0"), (b"a", b"\x7f")],
+)
+def test_header_bytes_that_could_split_are_refused(name: bytes, value: bytes) -> None:
+    with pytest.raises(BadRequest):
+        check_headers([(name, value)])
+
+
+def test_header_bytes_that_may_pass() -> None:
+    check_headers([(b"ratelimit", b'"daily";r=1;t=2'), (b"x-a", b"\ttab \xe9")])
+
+
+def test_connection_options() -> None:
+    assert connection_tokens(b"Keep-Alive,, X-A ,HOST") == (b"keep-alive", b"x-a")
