@@ -36,7 +36,7 @@ WORKDIR /var/lib/tallygate
 EXPOSE 8080 8081
 STOPSIGNAL SIGTERM
 # Asks the process in this container; HEALTH_URL= (empty) where it listens on nothing.
-ENV HEALTH_URL=http://127.0.0.1:8080/healthz
+ENV HEALTH_URL=http://127.0.0.1:8080/-/healthz
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
   CMD ["python", "-c", "import os, urllib.request as r; u = os.environ['HEALTH_URL']; u and r.urlopen(u, timeout=2)"]
 ENTRYPOINT ["tallygate"]

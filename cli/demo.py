@@ -1,9 +1,10 @@
-"""The demonstration data of `tallygate up`: one creator, two customers, plans `free` and `pro`."""
+"""The demonstration data of `tallygate up`: one creator, and a customer for each demo plan."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from core.secrets import KeyHasher
 
 _CREATOR = "cre_demo"
 _KEY_NAME = "demo"
-_PLANS = ("free", "pro")
 _TIMEOUT_S = 10.0
 
 
@@ -26,7 +26,12 @@ class DemoKey:
     key: str
 
 
-async def ensure_demo(dsn: str, pepper: str, keys_file: Path | None = None) -> list[DemoKey]:
+async def ensure_demo(
+    dsn: str,
+    pepper: str,
+    keys_file: Path | None = None,
+    plans: Sequence[str] = ("free", "pro"),
+) -> list[DemoKey]:
     """Create whatever is missing of the demonstration data; safe to repeat.
 
     The secrets are kept in `keys_file` (JSON, mode 0600), since the database has digests only. If
@@ -48,11 +53,11 @@ async def ensure_demo(dsn: str, pepper: str, keys_file: Path | None = None) -> l
             await transaction.execute(
                 "ensure_demo_creator", _CREATOR, "Demo creator", "creator@example.com"
             )
-            found = [await _ensure(transaction, hasher, plan, known) for plan in _PLANS]
+            found = [await _ensure(transaction, hasher, plan, known) for plan in plans]
             # Before the commit: a key in the database whose secret nobody has is of no use, one in
             # the file that the database lacks is entered at the next start.
             if keys_file is not None:
-                _write(keys_file, {demo.subscription: demo.key for demo in found})
+                _write(keys_file, known | {demo.subscription: demo.key for demo in found})
     finally:
         await database.close()
     return found

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -86,17 +87,27 @@ def main() -> None:
 
 
 @click.command()
-def migrate() -> None:
-    """Bring the database of TALLYGATE_POSTGRES_URL to this version's schema.
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Configuration; ./config.yaml when there is one.",
+)
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Data directory of a running `tallygate up`  [default: .tallygate]",
+)
+def migrate(config_path: Path | None, data_dir: Path | None) -> None:
+    """Bring the database to this version's schema.
 
-    Safe to repeat, and to run from several places at once.
+    The database is the configuration's, or that of TALLYGATE_POSTGRES_URL. Safe to repeat, and to
+    run from several places at once.
     """
-    url = os.environ.get("TALLYGATE_POSTGRES_URL", "")
-    if not url:
-        raise TallygateError("TALLYGATE_POSTGRES_URL is not set: which database is to be migrated?")
+    from cli.context import Context
     from core.db.migrate import migrate as run  # lazily: drags the driver in
 
-    applied = asyncio.run(run(url))
+    applied = asyncio.run(run(Context(config_path, data_dir).postgres_url()))
     for name in applied:
         click.echo(f"applied {name}")
     if not applied:
@@ -107,6 +118,9 @@ def _process(name: str) -> click.Command:
     """`tallygate NAME args…` is `python -m NAME args…`; the process parses its own arguments."""
 
     def run(args: tuple[str, ...]) -> None:
+        from cli.supervise import find_own_packages
+
+        find_own_packages(os.environ)  # the gateway starts its workers as `python -m gateway`
         status = importlib.import_module(f"{name}.__main__").main(list(args))
         sys.exit(status or 0)
 

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -210,6 +210,17 @@ async def answers(url: str, timeout_s: float = 2.0) -> bool:
     except (OSError, TimeoutError):
         return False
     return status.split(b" ")[1:2] == [b"200"]
+
+
+def find_own_packages(env: MutableMapping[str, str]) -> None:
+    """Make `python -m gateway` find ours, and not a folder `gateway` where the user happens to be.
+
+    Ours go last, so that a PYTHONPATH of the user's wins.
+    """
+    root = str(Path(__file__).resolve().parent.parent)
+    given = env.get("PYTHONPATH")
+    env["PYTHONPATH"] = f"{given}{os.pathsep}{root}" if given else root
+    env["PYTHONSAFEPATH"] = "1"
 
 
 def command(

@@ -8,6 +8,7 @@ stay. Every process dies with this one, so after a SIGKILL the next `up` just st
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli import up_report
+from cli.context import ENV_FILE, KEY_PEPPER, POSTGRES_URL, REDIS_URL
 from cli.embedded import POSTGRES_MAJOR, DataDir, EmbeddedPostgres, EmbeddedValkey, free_port
+from cli.embedded.datadir import write_private
 from cli.embedded.process import require_free
-from cli.supervise import Child, Supervisor, command
+from cli.supervise import Child, Supervisor, command, find_own_packages
 from cli.up_settings import UPSTREAM, Settings, default_config, read_settings
 from core.errors import TallygateError
 
@@ -91,6 +94,7 @@ class _Up:
             if self._ours:
                 up_report.say("up", "stopping; Ctrl-C again to hurry")
             await self._supervisor.stop(_stop_order(self._ours))
+            (self._data.path / ENV_FILE).unlink(missing_ok=True)  # it names what ends now
             await self._supervisor.stop(self._stores)
             if self._ours:
                 up_report.say("up", f"stopped; the data stay in {self._data.path}")
@@ -120,20 +124,20 @@ class _Up:
         if self._settings.redis_url is None:
             up_report.say("up", "starting Valkey")
             valkey = EmbeddedValkey(self._data.path / "valkey").start()
-            self._env["TALLYGATE_REDIS_URL"] = valkey.url
+            self._env[REDIS_URL] = valkey.url
             child = Child("valkey", valkey.restart, valkey.log, popen=valkey.process)
             self._watch_store(child)
         else:
-            self._env["TALLYGATE_REDIS_URL"] = self._settings.redis_url
+            self._env[REDIS_URL] = self._settings.redis_url
         if self._settings.postgres_url is None:
             up_report.say("up", "starting Postgres")
             postgres = EmbeddedPostgres(self._data.path / "postgres").start()
-            self._env["TALLYGATE_POSTGRES_URL"] = postgres.url
+            self._env[POSTGRES_URL] = postgres.url
             child = Child("postgres", postgres.restart, postgres.log, popen=postgres.process)
             child.stop_signal, child.kill_signal = signal.SIGINT, signal.SIGQUIT
             self._watch_store(child)
         else:
-            self._env["TALLYGATE_POSTGRES_URL"] = self._settings.postgres_url
+            self._env[POSTGRES_URL] = self._settings.postgres_url
 
     def _watch_store(self, child: Child) -> None:
         child.restart, child.show_log = True, False
@@ -142,22 +146,29 @@ class _Up:
     async def _prepare_database(self) -> list[DemoKey]:
         from core.db.migrate import migrate  # lazily: drags the driver in
 
-        if not self._env.get("TALLYGATE_KEY_PEPPER"):
-            self._env["TALLYGATE_KEY_PEPPER"] = self._data.secret("key-pepper")
-        url = self._env["TALLYGATE_POSTGRES_URL"]
+        self._env[KEY_PEPPER] = self._settings.key_pepper or self._data.secret("key-pepper")
+        self._leave_env()
+        url = self._env[POSTGRES_URL]
         applied = await migrate(url)
         if applied:
-            up_report.say("up", f"migrated the database ({len(applied)} steps)")
-        if not self._demo:
+            up_report.say("up", f"brought the database up to date: {', '.join(applied)}")
+        plans = self._settings.demo_plans
+        if not self._demo or not plans:
             return []
         from cli.demo import ensure_demo
 
         # The database has only digests of the keys; the file lets every start print them.
         keys_file = self._data.path / "demo-keys.json"
-        return await ensure_demo(url, self._env["TALLYGATE_KEY_PEPPER"], keys_file)
+        return await ensure_demo(url, self._env[KEY_PEPPER], keys_file, plans)
+
+    def _leave_env(self) -> None:
+        """What `tallygate usage`, `keys`, … read in a second terminal; see `cli.context`."""
+        found = {name: self._env[name] for name in (REDIS_URL, POSTGRES_URL, KEY_PEPPER)}
+        write_private(self._data.path / ENV_FILE, json.dumps(found, indent=2) + "\n")
 
     def _start_processes(self) -> None:
         self._env["TALLYGATE_METRICS_DIR"] = str(self._data.fresh("metrics"))
+        find_own_packages(self._env)
         self._env["PYTHONUNBUFFERED"] = "1"
         port = self._settings.upstream_port
         if port is not None:
@@ -179,7 +190,7 @@ class _Up:
     async def _wait_ready(self) -> None:
         """All at once; a stop request or the first failure ends the waiting."""
         urls = {
-            "gateway": up_report.http(self._settings.gateway) + "/readyz",
+            "gateway": up_report.http(self._settings.gateway) + "/-/readyz",
             "control": up_report.http(self._settings.control) + "/readyz",
             "upstream": self._env.get(UPSTREAM, "") + "/current",
         }

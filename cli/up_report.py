@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cli.demo import DemoKey
     from cli.up_settings import Settings
 
 _COLOURS = {"gateway": "cyan", "control": "magenta", "reconciler": "blue", "upstream": "green"}
 _SHOWN_FIRST = ("timestamp", "level", "event", "process")
+_BURST = 40  # requests of the line that provokes a 429: twice the burst of the plan `free`
 
 
 def http(address: tuple[str, int]) -> str:
@@ -40,37 +43,75 @@ def _readable(line: str) -> str:
         words = [clock, str(fields["level"]), str(fields["event"])]
     except (ValueError, KeyError):
         return line
-    words += [f"{name}={value}" for name, value in fields.items() if name not in _SHOWN_FIRST]
+    words += [
+        f"{name}={value}"
+        for name, value in fields.items()
+        if name not in _SHOWN_FIRST and value not in ("", None)
+    ]
     return " ".join(words)
 
 
-def show(settings: Settings, data_dir: Path, keys: list[DemoKey]) -> None:
-    """The summary on stdout: where everything is, the demo keys, three lines to try."""
-    from rich.console import Console  # lazily: 60 ms that an error does not need
-    from rich.table import Table
+def show(settings: Settings, data_dir: Path, keys: Sequence[DemoKey]) -> None:
+    """The summary on stdout: where everything is, the demo keys, lines to try.
 
-    # Off a terminal nothing may be cut: a key or a URL would lose its end.
-    console = Console(file=sys.stdout, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-    gateway, control = http(settings.gateway), http(settings.control)
-    where = Table(show_header=False, title="tallygate is up", title_justify="left")
-    where.add_row("gateway", gateway, "your API, with limits")
-    where.add_row("control", control, "usage and management APIs, console, portal")
-    where.add_row("config", str(settings.config), "edit it: changes are taken over while running")
-    where.add_row("data", str(data_dir), "kept; remove it to start afresh")
-    console.print(where)
-    if not keys:
-        return
-    table = Table("subscription", "plan", "key", title="demo", title_justify="left")
-    for key in keys:
-        table.add_row(key.subscription, key.plan, key.key, style=None)
-    console.print(table)
-    url = f"{gateway}/weather/current"
-    header = f'-H "X-API-Key: {keys[0].key}"'
-    tries = (
-        f"curl -i {header} {url}",
-        f'seq 30 | xargs -I@ curl -so /dev/null -w "%{{http_code}} " {header} {url}   # until 429',
-        f"curl -i {url}   # without a key: 401",
-    )
-    click.echo("Try:")
-    for line in tries:
-        click.echo(f"  {line}")
+    Plain lines, so that nothing is cut or broken: they are there to be copied.
+    """
+    lines = [click.style("tallygate is up", bold=True), ""]
+    where = [
+        ("gateway", http(settings.gateway), "your API, with limits"),
+        ("control", http(settings.control), "usage and management APIs, console, portal"),
+        ("config", _short(settings.config), "edit it: changes apply while this runs"),
+        ("data", _short(data_dir), "kept; remove it to start afresh"),
+    ]
+    lines += _columns(where)
+    if keys:
+        demo = [(key.subscription, key.plan, key.key) for key in keys]
+        lines += ["", *_columns([("subscription", "plan", "key"), *demo])]
+    if keys and settings.try_path:
+        lines += ["", "Try in another terminal:", *_tries(settings, keys)]
+    lines += ["", "Ctrl-C stops everything.", ""]
+    click.echo("\n".join(lines))
+
+
+def _tries(settings: Settings, keys: Sequence[DemoKey]) -> list[str]:
+    first = next((key for key in keys if key.plan == "free"), keys[0])
+    url = f"{http(settings.gateway)}{settings.try_path}"
+    header = f"-H '{settings.key_header}{first.key}'"
+    steps = [
+        ("an answer of the API behind the gateway", f"curl {header} {url}"),
+        (
+            "which limits there are, what is left, when they reset",
+            f"curl -sD - -o /dev/null {header} {url}",
+        ),
+        (
+            f"{_BURST} requests at once: 429 when the plan's burst is used up",
+            f"curl -so /dev/null -w '%{{http_code}} ' {header} '{url}?n=[1-{_BURST}]'",
+        ),
+        ("what was counted", f"{_ourselves()} usage {first.subscription}"),
+    ]
+    return [
+        line
+        for what, command in steps
+        for line in (click.style(f"  # {what}", dim=True), f"  {command}")
+    ]
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _short(path: Path) -> str:
+    """Relative to where we are, when it is below."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _ourselves() -> str:
+    """How this command was called, to be called again: `.venv/bin/tallygate` under `make run`."""
+    called = Path(sys.argv[0])
+    return _short(called) if called.name == "tallygate" else "tallygate"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from core.config import load
+from core.config import Snapshot, load
 from core.errors import TallygateError
 
+DEMO_PLANS = ("free", "pro")
 UPSTREAM = "TALLYGATE_DEMO_UPSTREAM"
 # Set for the processes by `up` itself, so a config may refer to them without a default.
 _PROVIDED = (
@@ -23,7 +24,10 @@ _PROVIDED = (
 class Settings:
     """Addresses are (host, port). A store's URL is None when it is to be embedded.
 
-    `upstream_port` is where the demo API is to listen, None when none is to be started.
+    `key_pepper` is None when one of the data directory's own is to be used. `upstream_port` is
+    where the demo API is to listen, None when none is to be started. What can be tried with a
+    demo key: `demo_plans`, a GET of `try_path` (None when no route takes a key), `key_header` up to
+    the key itself.
     """
 
     config: Path
@@ -31,7 +35,11 @@ class Settings:
     control: tuple[str, int]
     redis_url: str | None
     postgres_url: str | None
+    key_pepper: str | None = field(repr=False)
     upstream_port: int | None
+    demo_plans: tuple[str, ...]
+    try_path: str | None
+    key_header: str
 
     def with_ports(self, gateway: int | None, control: int | None) -> Settings:
         """The same with other ports, where given.
@@ -79,12 +87,34 @@ def read_settings(path: Path, environ: Mapping[str, str], upstream_port: int) ->
     provided = dict.fromkeys(_PROVIDED, "")
     if wanted:
         provided[UPSTREAM] = f"http://127.0.0.1:{upstream_port}"
-    settings = load(config, provided | {name: text for name, text in environ.items() if text})
+    given = {name: text for name, text in environ.items() if text}
+    snapshot = load(config, provided | given)
+    settings = snapshot.settings
+    pepper = settings.secrets.key_pepper
     return Settings(
         config=config,
-        gateway=(settings.settings.gateway.listen.host, settings.settings.gateway.listen.port),
-        control=(settings.settings.control.listen.host, settings.settings.control.listen.port),
-        redis_url=environ.get("TALLYGATE_REDIS_URL") or settings.settings.redis.url,
-        postgres_url=environ.get("TALLYGATE_POSTGRES_URL") or settings.settings.postgres.url,
+        gateway=(settings.gateway.listen.host, settings.gateway.listen.port),
+        control=(settings.control.listen.host, settings.control.listen.port),
+        redis_url=settings.redis.url,
+        postgres_url=settings.postgres.url,
+        key_pepper=pepper.get_secret_value() if pepper else None,
         upstream_port=upstream_port if wanted else None,
+        demo_plans=tuple(plan for plan in DEMO_PLANS if plan in snapshot.plans),
+        try_path=_try_path(snapshot),
+        key_header=_key_header(settings.gateway.key.headers),
     )
+
+
+def _try_path(snapshot: Snapshot) -> str | None:
+    """A path of the first route that takes a key and answers a GET."""
+    for route in snapshot.routes:
+        if not route.keyless and not route.host and (not route.methods or "GET" in route.methods):
+            return route.path.replace("*", "current")
+    return None
+
+
+def _key_header(headers: tuple[str, ...]) -> str:
+    if "x-api-key" in headers:
+        return "X-API-Key: "
+    first = headers[0] if headers else "authorization"
+    return "Authorization: Bearer " if first == "authorization" else f"{first}: "

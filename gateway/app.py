@@ -76,6 +76,7 @@ class Gateway:
             on_query=self._on_query,
             require=False,
         )
+        await self._database.ping()  # so that the health answer is right from the start
         cache_settings = settings.gateway.key_cache
         self.cache = KeyCache(
             size=cache_settings.size,

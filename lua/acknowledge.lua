@@ -9,13 +9,16 @@
 --       then for each subject: epoch and version of its snapshot, number of closed fields, the fields
 -- Returns the number of subjects that are clean now.
 
+local SLICE = 1000 -- Lua's stack holds 8000 values: months of hours, when Postgres was away
 local clean, at = 0, 2
 for i = 2, #KEYS do
   local key = KEYS[i]
   local epoch, version, closed = ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2])
   local state = redis.call('HMGET', key, 'epoch', 'ver')
   if state[1] == epoch then
-    if closed > 0 then redis.call('HDEL', key, unpack(ARGV, at + 3, at + 2 + closed)) end
+    for first = at + 3, at + 2 + closed, SLICE do
+      redis.call('HDEL', key, unpack(ARGV, first, math.min(first + SLICE - 1, at + 2 + closed)))
+    end
     if state[2] == version then
       redis.call('HSET', key, 'dirty', 0)
       redis.call('ZREM', KEYS[1], key)

@@ -59,7 +59,7 @@ local function open(key, key_at, program, from_text, to_text)
   local meters, counters = {}, {}
   local expected = from_text .. ' ' .. to_text .. hour_text
   for i, row in ipairs(program.meters) do -- row: name, cost, aggregation, position
-    meters[i] = open_meter(row[1], values[row[4]], values[row[4] + 1], expected, from, to, hour)
+    meters[i] = open_meter(row[1], values[row[4]], values[row[4] + 1], expected, from, to, now)
   end
   for i, row in ipairs(program.calendars) do -- row: field, meter, kind, cost, aggregation, position
     local count = durable and meters[row[2]].count or 0
@@ -309,6 +309,8 @@ while arg_at <= last_arg do
           lease_at = lease_at + 1
           s[at] = next_a[i]
           call('ZADD', KEYS[lease_at], now + row[5], ARGV[arg_at + 3])
+          -- a gateway that was killed never gives back the slots of a client that never returns
+          if not s.durable then call('PEXPIRE', KEYS[lease_at], program.ttl) end
         else
           s[at], s[at + 1], s[at + 2] = next_a[i], next_b[i], next_c[i]
         end

@@ -10,6 +10,7 @@
 
 -- @include includes/clock.lua
 
+local MARGIN = 60000
 local now = math.floor(now_micros() / 1000)
 local held = 0
 for i, key in ipairs(KEYS) do
@@ -19,6 +20,8 @@ for i, key in ipairs(KEYS) do
     redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
   elseif redis.call('ZSCORE', key, lease) then
     redis.call('ZADD', key, 'XX', now + ms, lease)
+    local ttl = redis.call('PTTL', key) -- keyless subjects have one: it must outlast the lease
+    if ttl >= 0 and ttl < ms + MARGIN then redis.call('PEXPIRE', key, ms + MARGIN) end
     held = held + 1
   end
 end

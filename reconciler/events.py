@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 
 from core import clock
-from core.db import Database
+from core.db import ConstraintError, Database, Row
 from core.keyspace import Keyspace, subject_of
 from core.policy import Meter
 from core.redis.store import Store
@@ -64,17 +64,14 @@ class EventStore:
         entries = await self._store.entries(self._stream, self._batch)
         if not entries:
             return 0, 0
-        columns: list[list[object]] = [[] for _ in range(11)]
+        values: list[tuple[object, ...]] = []
         for entry_id, fields in entries:
             try:
-                values = self._row(entry_id, fields)
-            except (KeyError, ValueError) as error:
+                values.append(self._row(entry_id, fields))
+            except (KeyError, ValueError, OverflowError) as error:
                 _log.error("limit_event_unreadable", id=entry_id, fields=fields, reason=str(error))
-                continue
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
         # Step 2
-        rows = await self._database.fetch("store_events", *columns)
+        rows = await self._store_rows(values)
         # Step 3
         await self._store.delete_entries(self._stream, [entry_id for entry_id, _ in entries])
         for row in rows:
@@ -82,6 +79,20 @@ class EventStore:
             if self._on_event is not None:
                 self._on_event(row["kind"])
         return len(entries), len(rows)
+
+    async def _store_rows(self, values: list[tuple[object, ...]]) -> list[Row]:
+        """Step 2. A batch with a row that Postgres cannot take is halved until it stands alone."""
+        if not values:
+            return []
+        columns = [list(column) for column in zip(*values, strict=True)]
+        try:
+            return await self._database.fetch("store_events", *columns)
+        except (ConstraintError, ValueError, OverflowError) as error:
+            if len(values) == 1:
+                _log.error("limit_event_refused", row=values[0], reason=str(error))
+                return []
+            half = len(values) // 2
+            return await self._store_rows(values[:half]) + await self._store_rows(values[half:])
 
     def _row(self, entry_id: str, fields: Mapping[str, str]) -> tuple[object, ...]:
         threshold = int(fields["threshold"])

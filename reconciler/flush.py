@@ -152,12 +152,12 @@ class Flusher:
     async def _commit(
         self, snapshots: list[StateSnapshot], result: FlushResult
     ) -> list[StateSnapshot]:
-        """Step 3. A batch with a row that the schema refuses is halved until it stands alone."""
+        """Step 3. A batch with a row that Postgres cannot take is halved until it stands alone."""
         if not snapshots:
             return []
         try:
             return await self._store_rows(snapshots, result)
-        except ConstraintError as error:
+        except (ConstraintError, ValueError, OverflowError) as error:
             if len(snapshots) == 1:
                 _log.error("state_refused", key=snapshots[0].key, reason=str(error))
                 result.unreadable.append(snapshots[0].key)

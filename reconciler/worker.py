@@ -105,9 +105,16 @@ class Reconciler:
         except StoreUnavailableError as error:
             # Redis keeps the truth; the lag metric shows that the ledger is behind.
             _log.warning("flush_postponed", reason=str(error))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_RETRY_S):
-                    await self._stopping.wait()
+            await self._pause()
+        except Exception:
+            # A bug in one round must not end the process: the counts wait in Redis, the lag shows.
+            _log.exception("flush_failed")
+            await self._pause()
+
+    async def _pause(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_RETRY_S):
+                await self._stopping.wait()
 
     def _on_query(self, name: str, seconds: float, ok: bool) -> None:
         self.metrics.postgres_seconds.labels(name).observe(seconds)

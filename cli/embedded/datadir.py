@@ -4,6 +4,7 @@
     up.lock            held by the running `tallygate up`; contains its process id
     key-pepper         what API key hashes are salted with
     demo-keys.json     the demo keys in clear, to print them again
+    env.json           while it runs: where its stores are, for commands in another terminal
     postgres/ valkey/  one directory a server
     log/ metrics/      output of the processes; metrics of the running one
 

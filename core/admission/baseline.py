@@ -89,7 +89,9 @@ def overlay(hours: Iterable[HourTotal], live: Mapping[str, str]) -> list[HourTot
         else:
             continue
         merged[meter, start, hour] = HourTotal(meter, start, hour, total, overage)
-    return sorted(merged.values(), key=lambda row: (row.meter, row.hour_start_ms))
+    return sorted(
+        merged.values(), key=lambda row: (row.meter, row.hour_start_ms, row.period_start_ms)
+    )
 
 
 def aggregate(meter: Meter, hours: Iterable[HourTotal], start_ms: int, end_ms: int) -> int:

@@ -74,13 +74,15 @@ _MIN_TTL_MS = 60_000
 @dataclass(frozen=True, slots=True)
 class Program:
     """What a batch needs of a (plan, costs) pair. `limits` are those the costs touch, in order;
-    `lease_limits` names the concurrency limits among them."""
+    `lease_limits` names the concurrency limits among them; `plan_limits` are all of the plan's,
+    which a subject without state is rebuilt with."""
 
     text: bytes
     limits: tuple[Limit, ...]
     lease_limits: tuple[str, ...]
     durable: bool
     answer_size: int
+    plan_limits: tuple[Limit, ...] = ()
 
 
 CalendarUse = Mapping[str, tuple[PeriodKind, ...]]
@@ -200,6 +202,8 @@ def _ttl_ms(limits: Iterable[Limit]) -> int:
             longest = max(longest, 2 * limit.window_ms)
         elif isinstance(limit, Quota):
             longest = max(longest, _CALENDAR_DAYS[limit.period] * DAY_MS)
+        else:
+            longest = max(longest, limit.lease_ms + _MIN_TTL_MS)
     return longest
 
 
@@ -245,7 +249,8 @@ def compile_program(
             "calendars": builder.calendar_rows,
             "limits": rows,
             "leases": len(leases),
-            "ttl": 0 if durable else _ttl_ms(limits),
+            # of the whole plan: a route that costs one meter must not forget the others' counts
+            "ttl": 0 if durable else _ttl_ms(plan.limits),
         }
     )
-    return Program(text, limits, leases, durable, 1 + 3 * len(limits))
+    return Program(text, limits, leases, durable, 1 + 3 * len(limits), plan.limits)

@@ -37,6 +37,9 @@ from core.errors import StoreUnavailableError
 from core.policy import Limit, Meter
 from core.redis.scripts import load
 from core.redis.store import Store
+from core.telemetry import logs
+
+_log = logs.get_logger()
 
 # Subjects a run takes at once: bounds its statements and how long a subject waits behind others.
 _MAX_RUN = 200
@@ -111,21 +114,36 @@ class Seeder:
         while self._waiting:
             taken = [self._waiting.pop(name) for name in list(self._waiting)[:_MAX_RUN]]
             try:
-                await self._seed(taken)
-            except BaseException as error:
-                self.stats.failures += 1
+                await self._try(taken)
+            except BaseException as error:  # the process stops: nobody may wait for ever
+                self._fail([*taken, *self._waiting.values()], error)
+                self._waiting.clear()
+                raise
+
+    async def _try(self, taken: list[_Request]) -> None:
+        try:
+            await self._seed(taken)
+        except StoreUnavailableError as error:
+            self._fail(taken, error)
+        except Exception as error:
+            # One subject that cannot be rebuilt must not keep the others from it.
+            if len(taken) > 1:
                 for request in taken:
-                    if not request.future.done():
-                        request.future.set_exception(_unavailable(error))
-                        request.future.exception()  # whoever waits has it; nobody may be left
-                if not isinstance(error, Exception):
-                    raise
-                if not isinstance(error, StoreUnavailableError):
-                    raise
-            else:
-                for request in taken:
-                    if not request.future.done():
-                        request.future.set_result(None)
+                    await self._try([request])
+                return
+            _log.error("state_not_rebuilt", subject=taken[0].subject, reason=repr(error))
+            self._fail(taken, error)
+        else:
+            for request in taken:
+                if not request.future.done():
+                    request.future.set_result(None)
+
+    def _fail(self, requests: list[_Request], error: BaseException) -> None:
+        self.stats.failures += 1
+        for request in requests:
+            if not request.future.done():
+                request.future.set_exception(_unavailable(error))
+                request.future.exception()  # whoever waits has it; nobody may be left
 
     async def _seed(self, requests: list[_Request]) -> None:
         self.stats.runs += 1

@@ -22,9 +22,18 @@ from core.config.snapshot import Snapshot
 from core.config.units import UnitError
 from core.errors import ConfigError
 
+# What a file leaves out, or leaves empty, comes from these: a file need not spell `${…}` for them.
+FROM_ENVIRONMENT = {
+    ("redis", "url"): "TALLYGATE_REDIS_URL",
+    ("postgres", "url"): "TALLYGATE_POSTGRES_URL",
+    ("secrets", "key_pepper"): "TALLYGATE_KEY_PEPPER",
+}
+
 
 def load(path: str | os.PathLike[str], env: Mapping[str, str] | None = None) -> Snapshot:
     """The configuration in a file; `env` fills `${NAME}`, the process environment by default.
+
+    `env` also gives what `FROM_ENVIRONMENT` lists, where the file does not.
 
     Raises:
         ConfigError: the file cannot be read, or has problems; it holds all of them.
@@ -45,7 +54,9 @@ def loads(text: str, source: str = "config.yaml", env: Mapping[str, str] | None 
     Raises:
         ConfigError: it has problems; it holds all of them.
     """
-    doc = document.read(text, source, os.environ if env is None else env)
+    env = os.environ if env is None else env
+    doc = document.read(text, source, env)
+    _fill_in(doc.data, env)
     problems = Problems(doc)
     settings: Config | None = None
     try:
@@ -72,6 +83,15 @@ def loads(text: str, source: str = "config.yaml", env: Mapping[str, str] | None 
         digest=hashlib.sha256(text.encode()).hexdigest(),
         loaded_at_ms=clock.now_ms(),
     )
+
+
+def _fill_in(data: dict[str, Any], env: Mapping[str, str]) -> None:
+    for (section, name), variable in FROM_ENVIRONMENT.items():
+        given = data.get(section)
+        if env.get(variable) and (given is None or isinstance(given, dict)):
+            data[section] = {**(given or {})}
+            if data[section].get(name) in (None, ""):
+                data[section][name] = env[variable]
 
 
 def _check_addresses(data: Mapping[str, Any], problems: Problems) -> None:

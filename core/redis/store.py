@@ -98,6 +98,17 @@ class Store:
             )
         return [(member.decode(), score) for member, score in rows]
 
+    async def score(self, key: str, member: str) -> int | None:
+        """A member's score in a sorted set, which must be whole; None when it is not in it."""
+        with self._translated():
+            found: float | None = await self._client.zscore(key, member)
+        return None if found is None else int(found)
+
+    async def count_above(self, key: str, score: int) -> int:
+        """Members of a sorted set whose score is above `score`."""
+        with self._translated():
+            return int(await self._client.zcount(key, f"({score}", "+inf"))
+
     async def cardinality(self, key: str) -> int:
         """Members of a sorted set."""
         with self._translated():

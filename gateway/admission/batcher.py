@@ -29,6 +29,7 @@ from core.redis.scripts import Script
 _BACKOFF_FIRST_S = 0.02
 _BACKOFF_MAX_S = 1.0
 _CONNECT_TIMEOUT_S = 1.0
+_GRACE_S = 0.002
 
 
 @dataclass(slots=True, eq=False)
@@ -222,10 +223,17 @@ class Batcher:
             *texts,
             *arguments,
         )
-        timer = self._loop.call_later(self._timeout_s, self._timed_out, connection)
+        timer = self._loop.call_later(self._timeout_s, self._overdue, connection, reply)
         reply.add_done_callback(lambda done: self._answered(done, batch, started, timer))
 
-    def _timed_out(self, connection: Connection) -> None:
+    def _overdue(self, connection: Connection, reply: asyncio.Future[list[int]]) -> None:
+        # When this very loop was held up, the answer lies unread in the socket: timers run before
+        # reads. One more turn tells a slow Redis from a slow gateway.
+        self._loop.call_later(_GRACE_S, self._timed_out, connection, reply)
+
+    def _timed_out(self, connection: Connection, reply: asyncio.Future[list[int]]) -> None:
+        if reply.done():
+            return
         self._error("timeout")
         connection.close(f"no answer within {self._timeout_s * 1000:.0f} ms")
 

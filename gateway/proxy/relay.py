@@ -39,7 +39,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 INLINE_BODY: Final = 64 * 1024
 
 # Granian queues up to four pieces of body per response: their size decides what a client costs that
-# reads slowly (64 KiB instead of whatever was read: 1.4 instead of 4.2 MB).
+# reads slowly (64 KiB instead of whatever was read: 1.7 instead of 4.2 MB).
 PIECE: Final = 64 * 1024
 
 # RFC 9110 section 9.2.2: sending one of these twice is as good as once.
@@ -57,7 +57,8 @@ class Outcome(StrEnum):
 class RelayResult(NamedTuple):
     """`bytes_in` and `bytes_out` count body bytes only; `upstream_ms` ends with the last of them.
 
-    `error` says why the outcome is not COMPLETE.
+    `error` says why the outcome is not COMPLETE; `headers` are those of the started response, for
+    whoever settles an actual cost by one of them.
     """
 
     status: int
@@ -66,6 +67,7 @@ class RelayResult(NamedTuple):
     upstream_ms: float
     outcome: Outcome
     error: ProxyError | None = None
+    headers: Sequence[Header] = ()
 
 
 async def relay(
@@ -111,11 +113,14 @@ async def relay(
         body = conn.take()
         start = {"type": "http.response.start", "status": status, "headers": headers}
         if not conn.complete:
-            return await run.stream(send, start, body)
+            result = await run.stream(send, start, body)
+            return result._replace(headers=headers)
         upstream_ms = run.finish()
         await _start(send, start)
         await send({"type": "http.response.body", "body": body})
-        return RelayResult(status, exchange.bytes_in, len(body), upstream_ms, Outcome.COMPLETE)
+        return RelayResult(
+            status, exchange.bytes_in, len(body), upstream_ms, Outcome.COMPLETE, None, headers
+        )
     finally:
         watcher.close(exchange)
         if run.conn is not None:

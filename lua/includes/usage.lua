@@ -12,11 +12,12 @@ local function aggregate(kind, total, cost) -- kind: 1 sum, 2 max, 3 last
   return cost
 end
 
--- Opens a meter, rolled over to `hour` and to the period [from, to). Changes nothing in Redis.
+-- Opens a meter, rolled over to the hour of `now` and to the period [from, to). Changes nothing in Redis.
 -- Returns a table whose `closed` holds field, text pairs that keep what was closed until flushed.
 -- A record never goes back: neither when the server's clock does, nor when a caller still holds an
 -- older billing anchor.
-local function open_meter(name, bounds, text, expected, from, to, hour)
+local function open_meter(name, bounds, text, expected, from, to, now)
+  local hour = now - now % HOUR
   if not bounds then
     return { from = from, to = to, hour = hour, total = 0, over = 0,
              hour_total = 0, hour_over = 0, count = 0, moved = true }
@@ -31,14 +32,17 @@ local function open_meter(name, bounds, text, expected, from, to, hour)
   local ps, pe, hs = string.match(bounds, '^(%d+) (%d+) (%d+)$')
   ps, pe, hs = tonumber(ps), tonumber(pe), tonumber(hs)
   local closed = {}
-  if ps < from then
+  local ended = ps < from or pe <= now
+  if ended then
+    -- under another anchor or interval the caller's period may have begun before this one ended
+    if ps >= from then meter.from = pe end
     closed[1] = 'cp:' .. name .. ':' .. ps
     closed[2] = string.format('%d %d %d', pe, total, over)
     meter.previous, meter.total, meter.over = total, 0, 0
   else
     meter.from, meter.to = ps, pe
   end
-  if ps < from or hs < hour then
+  if ended or hs < hour then
     closed[#closed + 1] = 'ch:' .. name .. ':' .. ps .. ':' .. hs
     closed[#closed + 1] = string.format('%d %d', hour_total, hour_over)
     meter.hour_total, meter.hour_over = 0, 0

@@ -102,7 +102,7 @@ def shared_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProc
 @pytest.fixture
 def gateway(shared_relay: RelayProcess, tmp_path: Path) -> GatewayFactory:
     """A relay and its upstream, which runs `script`. With settings (environment of `relay_app`) or
-    URLs it is a fresh process, without any the session's, relieved of the last test's connections.
+    URLs it is a fresh process; without any, one for all tests, its last connections gone.
     """
 
     @asynccontextmanager

@@ -162,12 +162,14 @@ def test_a_forked_child_counts_for_itself_and_is_seen_dead(
         os.write(write_fd, b"x")
         signal.pause()
         os._exit(0)
-    os.read(read_fd, 1)
-    local.flush()
-    assert value(tmp_path, REQUESTS) == 2
-    assert value(tmp_path, "tallygate_requests_in_flight") == 7
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    try:
+        os.read(read_fd, 1)
+        local.flush()
+        assert value(tmp_path, REQUESTS) == 2
+        assert value(tmp_path, "tallygate_requests_in_flight") == 7
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     assert value(tmp_path, REQUESTS) == 2
     assert value(tmp_path, "tallygate_requests_in_flight") == 2
 

@@ -31,12 +31,13 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def _read_lines(fd: int, count: int) -> list[bytes]:
-    data = b""
-    while data.count(b"\n") < count:
+    pieces = []
+    while count > 0:
         piece = os.read(fd, 65_536)
         assert piece, "the writer closed the pipe"
-        data += piece
-    return data.splitlines()
+        count -= piece.count(b"\n")
+        pieces.append(piece)
+    return b"".join(pieces).splitlines()
 
 
 def test_lines_arrive_in_order_without_anyone_calling_flush(pipe: tuple[int, int]) -> None:
@@ -98,14 +99,23 @@ def test_processes_that_share_a_pipe_do_not_cut_each_others_lines(pipe: tuple[in
     code = (
         "import sys\nfrom core.telemetry.writer import LineWriter\n"
         "w = LineWriter(1, interval_s=0.001)\n"
-        "for n in range(500): w.write((sys.argv[1] * 150 + '\\n').encode())\n"
+        "sys.stdin.read(1)\n"
+        "for n in range(5000): w.write((sys.argv[1] * 150 + '\\n').encode())\n"
+        "w.close(20)\n"
     )
+    go_read, go_write = os.pipe()
     children = [
-        subprocess.Popen([sys.executable, "-c", code, letter], stdout=pipe[1], cwd=ROOT)
+        subprocess.Popen(
+            [sys.executable, "-c", code, letter], stdin=go_read, stdout=pipe[1], cwd=ROOT
+        )
         for letter in "abc"
     ]
-    lines = _read_lines(pipe[0], 1_500)
+    # All of them at once, into a pipe that is full at once: they wait in line for each page.
+    os.write(go_write, b"go!")
+    lines = _read_lines(pipe[0], 15_000)
     assert [child.wait(20) for child in children] == [0, 0, 0]
+    os.close(go_read)
+    os.close(go_write)
     assert all(len(set(line)) == 1 and len(line) == 150 for line in lines)
 
 

@@ -1,0 +1,1 @@
+"""Reproducible measurements: `python -m benchmarks --help`. Never imported by the product."""

@@ -1,0 +1,53 @@
+"""The upstream of the benchmarks: the smallest HTTP/1.1 server that keeps connections alive.
+
+One answer of fixed size for every request without a body. It does as little as possible so that
+what is measured is the gateway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import cast
+
+import uvloop
+
+_END = b"\r\n\r\n"
+
+
+def _protocol(size: int) -> type[asyncio.Protocol]:
+    body = b"x" * size
+    answer = (
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: %d\r\n\r\n" % size + body
+    )
+
+    class Stub(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self._transport = cast(asyncio.Transport, transport)
+            self._rest = b""
+
+        def data_received(self, data: bytes) -> None:
+            data = self._rest + data
+            requests = data.count(_END)
+            if requests:
+                self._rest = data[data.rindex(_END) + 4 :]
+                self._transport.write(answer * requests)
+            else:
+                self._rest = data
+
+    return Stub
+
+
+async def _serve(port: int, size: int) -> None:
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(_protocol(size), "127.0.0.1", port, backlog=1024)
+    async with server:
+        await server.serve_forever()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--size", type=int, default=27)
+    options = parser.parse_args()
+    uvloop.run(_serve(options.port, options.size))

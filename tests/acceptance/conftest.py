@@ -1,0 +1,75 @@
+"""Whole stacks for the acceptance tests: one that most tests share, and more where one breaks it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.acceptance.catalogue import SHARED
+from tests.support.load import Load
+from tests.support.servers import server_directory
+from tests.support.stack import Stack, start_stack
+
+if TYPE_CHECKING:
+    from cli.embedded import EmbeddedPostgres
+
+NewDatabase = Callable[[], str]
+
+
+@pytest.fixture(scope="session")
+def new_database(postgres_server: EmbeddedPostgres, _migrated: str) -> NewDatabase:
+    """Makes a fresh, migrated database on the session's server; returns its URL."""
+    import asyncpg
+
+    numbers = itertools.count(1)
+
+    async def create(name: str) -> None:
+        connection = await asyncpg.connect(postgres_server.url)
+        try:
+            await connection.execute(
+                f"CREATE DATABASE {name} TEMPLATE {_migrated} STRATEGY FILE_COPY"
+            )
+        finally:
+            await connection.close()
+
+    def make() -> str:
+        name = f"acceptance_{next(numbers)}"
+        asyncio.run(create(name))
+        return postgres_server.url_of(name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stack(new_database: NewDatabase) -> Iterator[Stack]:
+    """Four gateways of one worker each on one Valkey and one ledger; tests bring subscribers."""
+    with server_directory() as path, start_stack(
+        path, SHARED, new_database(), gateways=(1, 1, 1, 1)
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def load() -> Iterator[Load]:
+    """Three client processes."""
+    with Load(3) as clients:
+        yield clients
+
+
+@pytest.fixture
+def own_stack(new_database: NewDatabase) -> Iterator[Callable[..., Stack]]:
+    """Starts a stack that the test may break: `own_stack(config, gateways=(2,))`."""
+    with ExitStack() as stop:
+
+        def start(config: str, *, gateways: tuple[int, ...] = (1,), postgres: str = "") -> Stack:
+            path = stop.enter_context(server_directory())
+            return stop.enter_context(
+                start_stack(path, config, postgres or new_database(), gateways=gateways)
+            )
+
+        yield start

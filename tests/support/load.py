@@ -1,0 +1,323 @@
+"""HTTP clients in processes of their own: many keep-alive connections, raw bytes, closed loop.
+
+`Load` drives the processes. Each runs this module: jobs and questions come in as JSON lines, each
+is answered by one. Connections stay open from job to job. Times are CLOCK_MONOTONIC, which all
+processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from tests.support.processes import ROOT
+
+
+@dataclass
+class Outcome:
+    """`statuses` by index of the request and status; `lost` are requests that had no answer.
+
+    `records` (when asked for): index of the request, status (0: lost), start and end in seconds.
+    """
+
+    statuses: Counter[tuple[int, int]] = field(default_factory=Counter)
+    lost: int = 0
+    records: list[tuple[int, int, float, float]] = field(default_factory=list)
+
+    def count(self, status: int, request: int | None = None) -> int:
+        return sum(
+            n
+            for (index, code), n in self.statuses.items()
+            if code == status and request in (None, index)
+        )
+
+    @property
+    def total(self) -> int:
+        return sum(self.statuses.values())
+
+    def all_statuses(self) -> set[int]:
+        return {status for _, status in self.statuses}
+
+
+def get(path: str, key: str | None = None, *, who: str = "", method: str = "GET") -> str:
+    """The bytes of one request; `who` is what the upstream counts it under."""
+    lines = [f"{method} {path} HTTP/1.1", "host: api.test"]
+    if key:
+        lines.append(f"authorization: Bearer {key}")
+    if who:
+        lines.append(f"x-who: {who}")
+    return "\r\n".join([*lines, "", ""])
+
+
+class Load:
+    """`processes` client processes; a context manager. One job at a time."""
+
+    def __init__(self, processes: int = 2) -> None:
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.support.load"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=ROOT,
+            )
+            for _ in range(processes)
+        ]
+
+    def start(
+        self,
+        ports: Sequence[int],
+        requests: Sequence[str],
+        *,
+        connections: int,
+        total: int | None = None,
+        records: bool = False,
+        reopen: bool = False,
+    ) -> None:
+        """Sends `requests` in turn, `total` of them or until `stop`; spread over the processes.
+
+        `reopen`: a connection that is lost is replaced; otherwise its share stays undone.
+        """
+        count = len(self._processes)
+        for number, process in enumerate(self._processes):
+            job = {
+                "do": "run",
+                "ports": list(ports),
+                "requests": list(requests),
+                "connections": _share(connections, number, count),
+                "total": None if total is None else _share(total, number, count),
+                "first": number,
+                "records": records,
+                "reopen": reopen,
+            }
+            self._say(process, job)
+
+    def progress(self) -> Outcome:
+        """What was answered so far of the job under way."""
+        return self._gather("progress")
+
+    def stop(self) -> Outcome:
+        """Ends the job: what is in flight is waited for."""
+        return self._gather("stop")
+
+    def wait(self) -> Outcome:
+        """Waits for the end of a job with a `total`."""
+        return self._gather("wait")
+
+    def run(
+        self, ports: Sequence[int], requests: Sequence[str], *, connections: int, total: int
+    ) -> Outcome:
+        self.start(ports, requests, connections=connections, total=total)
+        outcome = self.wait()
+        assert outcome.lost == 0, f"{outcome.lost} requests without an answer"
+        assert outcome.total == total
+        return outcome
+
+    def _gather(self, question: str) -> Outcome:
+        merged = Outcome()
+        for process in self._processes:
+            self._say(process, {"do": question})
+        for process in self._processes:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, "a client process ended"
+            answer = json.loads(line)
+            merged.lost += answer["lost"]
+            merged.records += [tuple(row) for row in answer["records"]]
+            for index, status, number in answer["statuses"]:
+                merged.statuses[index, status] += number
+        return merged
+
+    @staticmethod
+    def _say(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(message).encode() + b"\n")
+        process.stdin.flush()
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+
+
+def _share(total: int, number: int, count: int) -> int:
+    return total // count + (number < total % count)
+
+
+# --- the client process --------------------------------------------------------------------------
+
+
+class _Job:
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.requests = [request.encode() for request in spec["requests"]]
+        self.left = spec["total"]
+        self.next = spec["first"]
+        self.keep_records = spec["records"]
+        self.reopen = spec["reopen"]
+        self.statuses: Counter[tuple[int, int]] = Counter()
+        self.lost = 0
+        self.records: list[tuple[int, int, float, float]] = []
+        self.working = 0
+        self.done = asyncio.Event()
+
+    def work(self, client: _Client) -> None:
+        """Gives a free connection its next request, or nothing when there is none left."""
+        if self.left == 0:
+            self.working -= 1
+            if self.working == 0:
+                self.done.set()
+            return
+        if self.left is not None:
+            self.left -= 1
+        client.index = self.next % len(self.requests)
+        self.next += 1
+        client.started = time.monotonic()
+        client.job = self
+        client.transport.write(self.requests[client.index])
+
+    def answered(self, client: _Client, status: int) -> None:
+        client.job = None
+        if status:
+            self.statuses[client.index, status] += 1
+        else:
+            self.lost += 1
+        if self.keep_records:
+            row = (client.index, status, client.started, time.monotonic())
+            self.records.append(row)
+
+    def answer(self) -> bytes:
+        rows = [[index, status, n] for (index, status), n in self.statuses.items()]
+        return (
+            json.dumps({"lost": self.lost, "records": self.records, "statuses": rows}).encode()
+            + b"\n"
+        )
+
+
+class _Client(asyncio.Protocol):
+    """One connection. Answers must carry Content-Length, as all in these tests do."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.job: _Job | None = None
+        self.index = 0
+        self.started = 0.0
+        self.buffer = b""
+        self.open = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: Any = transport
+        self.open = True
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        head = self.buffer.find(b"\r\n\r\n")
+        if head < 0:
+            return
+        at = self.buffer.find(b"content-length: ", 0, head)
+        assert at > 0, self.buffer
+        length = int(self.buffer[at + 16 : self.buffer.find(b"\r\n", at)])
+        if len(self.buffer) < head + 4 + length:
+            return
+        status = int(self.buffer[9:12])
+        self.buffer = b""
+        job = self.job
+        assert job is not None
+        job.answered(self, status)
+        job.work(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.open = False
+        job = self.job
+        if job is not None:
+            job.answered(self, 0)
+            if job.reopen:
+                asyncio.ensure_future(_replace(self.port, job))  # noqa: RUF006
+            else:
+                job.working -= 1
+                if job.working == 0:
+                    job.done.set()
+
+
+async def _connect(port: int) -> _Client:
+    loop = asyncio.get_running_loop()
+    _, client = await loop.create_connection(lambda: _Client(port), "127.0.0.1", port)
+    return client
+
+
+async def _replace(port: int, job: _Job) -> None:
+    while True:
+        try:
+            client = await _connect(port)
+            break
+        except OSError:
+            if job.left == 0:
+                job.working -= 1
+                if job.working == 0:
+                    job.done.set()
+                return
+            await asyncio.sleep(0.01)
+    job.work(client)
+
+
+async def _start(spec: dict[str, Any], idle: list[_Client]) -> tuple[_Job, list[_Client]]:
+    job = _Job(spec)
+    ports = spec["ports"]
+    clients: list[_Client] = []
+    free = [client for client in idle if client.open and client.job is None]
+    for number in range(spec["connections"]):
+        port = ports[(number + spec["first"]) % len(ports)]
+        found = next((client for client in free if client.port == port), None)
+        if found is None:
+            found = await _connect(port)
+        else:
+            free.remove(found)
+        clients.append(found)
+    for client in free:
+        client.transport.close()
+    job.working = len(clients)
+    if not clients:
+        job.done.set()
+    for client in clients:
+        job.work(client)
+    return job, clients
+
+
+async def _main() -> None:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    job: _Job | None = None
+    clients: list[_Client] = []
+    while line := await reader.readline():
+        message = json.loads(line)
+        if message["do"] == "run":
+            job, clients = await _start(message, clients)
+            continue
+        assert job is not None
+        if message["do"] == "stop":
+            job.left = 0
+        if message["do"] != "progress":
+            await job.done.wait()
+        sys.stdout.buffer.write(job.answer())
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    import uvloop
+
+    uvloop.run(_main())
