@@ -72,6 +72,8 @@ class _Up:
         self._data = data
         self._demo = demo
         self._env = dict(os.environ)
+        if settings.upstream_port is not None:
+            self._env[UPSTREAM] = f"http://127.0.0.1:{settings.upstream_port}"
         self._log = data.directory("log")
         self._stop = asyncio.Event()
         self._signals = 0
@@ -163,7 +165,8 @@ class _Up:
 
     def _leave_env(self) -> None:
         """What `tallygate usage`, `keys`, … read in a second terminal; see `cli.context`."""
-        found = {name: self._env[name] for name in (REDIS_URL, POSTGRES_URL, KEY_PEPPER)}
+        names = (REDIS_URL, POSTGRES_URL, KEY_PEPPER, UPSTREAM)
+        found = {name: self._env[name] for name in names if name in self._env}
         write_private(self._data.path / ENV_FILE, json.dumps(found, indent=2) + "\n")
 
     def _start_processes(self) -> None:
@@ -172,7 +175,6 @@ class _Up:
         self._env["PYTHONUNBUFFERED"] = "1"
         port = self._settings.upstream_port
         if port is not None:
-            self._env[UPSTREAM] = f"http://127.0.0.1:{port}"
             self._start("upstream", ["cli.demo_upstream", "--port", str(port)])
         config = ["--config", str(self._settings.config)]
         self._start("reconciler", ["reconciler", *config])

@@ -77,16 +77,17 @@ def _tries(settings: Settings, keys: Sequence[DemoKey]) -> list[str]:
     first = next((key for key in keys if key.plan == "free"), keys[0])
     url = f"{http(settings.gateway)}{settings.try_path}"
     header = f"-H '{settings.key_header}{first.key}'"
+    burst = (
+        f"{_BURST} requests at once: 429 when the plan's burst is used up",
+        f"curl -so /dev/null -w '%{{http_code}} ' {header} '{url}?n=[1-{_BURST}]'",
+    )
     steps = [
         ("an answer of the API behind the gateway", f"curl {header} {url}"),
         (
             "which limits there are, what is left, when they reset",
             f"curl -sD - -o /dev/null {header} {url}",
         ),
-        (
-            f"{_BURST} requests at once: 429 when the plan's burst is used up",
-            f"curl -so /dev/null -w '%{{http_code}} ' {header} '{url}?n=[1-{_BURST}]'",
-        ),
+        *([burst] if first.plan == "free" else []),
         ("what was counted", f"{_ourselves()} usage {first.subscription}"),
     ]
     return [

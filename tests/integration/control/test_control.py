@@ -167,12 +167,14 @@ def test_a_taken_port_ends_the_process_with_a_message(
             assert "Traceback" not in process.output
 
 
-def test_a_missing_store_url_is_named(tmp_path: Path, valkey: str) -> None:
+@pytest.mark.parametrize("missing", ["redis", "postgres"])
+def test_a_missing_store_url_is_named(tmp_path: Path, missing: str) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("redis: {}\n")
-    with _start(config, free_port(), valkey, "") as process:
+    urls = {"redis": "redis://127.0.0.1:1/0", "postgres": "postgresql://127.0.0.1:1/d", missing: ""}
+    with _start(config, free_port(), urls["redis"], urls["postgres"]) as process:
         assert process.wait(deadline_s=20) == 1
-        assert "redis.url: not set" in process.output
+        assert f"{missing}.url: not set" in process.output
 
 
 def test_a_bad_config_is_printed_with_every_problem(tmp_path: Path, valkey: str) -> None:

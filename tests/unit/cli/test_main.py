@@ -30,12 +30,15 @@ def test_help_lists_every_command_and_imports_none() -> None:
         assert f"\n  {name} " in done.stdout
 
 
-def test_an_expected_failure_is_its_message_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expected_failure_is_its_message_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("TALLYGATE_POSTGRES_URL", raising=False)
+    monkeypatch.chdir(tmp_path)  # no configuration, no data directory
     result = CliRunner().invoke(cli_main.main, ["migrate"])
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr.startswith("tallygate: TALLYGATE_POSTGRES_URL is not set")
+    assert result.stderr.startswith("tallygate: no database: set TALLYGATE_POSTGRES_URL")
     assert len(result.stderr.splitlines()) == 1
 
 

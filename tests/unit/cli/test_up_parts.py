@@ -84,3 +84,51 @@ def test_json_lines_are_made_readable(capsys: pytest.CaptureFixture[str]) -> Non
         "gateway    | 03:04:05.678 info up port=1",
         "gateway    | {not json",
     ]
+
+
+def test_what_a_config_leaves_out_comes_from_the_environment(config: Path) -> None:
+    config.write_text(CONFIG.replace('redis: {url: "${TALLYGATE_REDIS_URL:-}"}', "redis:"))
+    environ = {
+        "TALLYGATE_REDIS_URL": "redis://r:1/0",
+        "TALLYGATE_POSTGRES_URL": "postgresql://db/x",
+        "TALLYGATE_KEY_PEPPER": "p" * 64,
+    }
+    settings = read_settings(config, environ, 1)
+    assert settings.redis_url == "redis://r:1/0"
+    assert settings.postgres_url == "postgresql://db/x"
+    assert settings.key_pepper == "p" * 64
+    assert "p" * 64 not in repr(settings)
+
+
+def test_what_a_config_says_itself_goes_first(config: Path) -> None:
+    config.write_text(CONFIG.replace("${TALLYGATE_REDIS_URL:-}", "redis://mine:1/0"))
+    environ = {"TALLYGATE_REDIS_URL": "redis://r:1/0"}
+    assert read_settings(config, environ, 1).redis_url == "redis://mine:1/0"
+
+
+@pytest.mark.parametrize(
+    ("routes", "path"),
+    [
+        ("{match: {path: /*}, upstream: demo}", "/current"),
+        ("{match: {path: /a/*, methods: [POST]}, upstream: demo}", None),
+        ("{match: {path: /a, host: a.example}, upstream: demo}", None),
+        ("{match: {path: /a}, upstream: demo, keyless: true, plan: free}", None),
+    ],
+)
+def test_only_what_a_demo_key_can_get_is_shown(config: Path, routes: str, path: str | None) -> None:
+    config.write_text(CONFIG.replace("{match: {path: /*}, upstream: demo}", routes))
+    settings = read_settings(config, {}, 1)
+    assert (settings.try_path, settings.demo_plans) == (path, ("free",))
+
+
+@pytest.mark.parametrize(
+    ("headers", "shown"),
+    [
+        ("[authorization, x-api-key]", "X-API-Key: "),
+        ("[authorization]", "Authorization: Bearer "),
+        ("[x-token]", "x-token: "),
+    ],
+)
+def test_the_key_is_shown_where_the_config_wants_it(config: Path, headers: str, shown: str) -> None:
+    config.write_text(f"{CONFIG}gateway: {{key: {{headers: {headers}}}}}\n")
+    assert read_settings(config, {}, 1).key_header == shown

@@ -97,9 +97,9 @@ def test_a_descriptor_that_came_non_blocking_is_served(pipe: tuple[int, int]) ->
 
 def test_processes_that_share_a_pipe_do_not_cut_each_others_lines(pipe: tuple[int, int]) -> None:
     code = (
-        "import sys\nfrom core.telemetry.writer import LineWriter\n"
+        "import os, sys\nfrom core.telemetry.writer import LineWriter\n"
         "w = LineWriter(1, interval_s=0.001)\n"
-        "sys.stdin.read(1)\n"
+        "os.read(0, 1)\n"
         "for n in range(5000): w.write((sys.argv[1] * 150 + '\\n').encode())\n"
         "w.close(20)\n"
     )
