@@ -84,7 +84,8 @@ def _read(context: Context, config_path: Path | None, subscription: str, hours: 
                 f"no store: set {name}, give --config with its URL, or run this where "
                 "`tallygate up` runs (or give its --data-dir)"
             )
-    assert redis_url and postgres_url
+    assert redis_url
+    assert postgres_url
     return asyncio.run(_ask(redis_url, postgres_url, snapshot, subscription, hours))
 
 
@@ -132,16 +133,15 @@ def _time(ms: int | None) -> str | None:
 
 
 def _show(found: Usage) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=_PLAIN_WIDTH)
+        console = Console(highlight=False, markup=False, width=_PLAIN_WIDTH)
     console.print(
         f"{found.subscription}  plan {found.plan}  {found.status}  "
         f"as of {clock.isoformat(found.as_of_ms)}",
-        markup=False,
     )
     if found.note:
-        console.print(f"Note: {found.note}", markup=False)
+        console.print(f"Note: {found.note}")
     _table(
         console,
         "Billing period",
@@ -196,14 +196,14 @@ def _show(found: Usage) -> None:
             for row in found.events
         ],
     )
-    console.print(_lag_text(found), markup=False)
+    console.print(_lag_text(found))
 
 
 def _table(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
     if not rows:
-        console.print(f"{title}: none", markup=False)
+        console.print(f"{title}: none")
         return
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for column in columns:
@@ -211,7 +211,7 @@ def _table(
         table.add_column(column, justify="right" if right and column != columns[0] else "left")
     for row in rows:
         table.add_row(*row)
-    console.print(table, markup=False)
+    console.print(table)
 
 
 def _limit_row(row: LimitUsage) -> tuple[str, ...]:

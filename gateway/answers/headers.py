@@ -10,7 +10,8 @@
     X-Tallygate-Warning: monthly;used=10001;limit=10000
 
 RateLimit and the legacy headers describe one limit: one that refuses if there is any (the one that
-refuses longest), otherwise the one nearest exhaustion, by remaining / limit. X-RateLimit-Reset is a
+refuses longest), otherwise the one nearest exhaustion, by remaining / limit, concurrency limits
+aside. X-RateLimit-Reset is a
 delta in seconds, as `t` is; implementations elsewhere disagree, some send an epoch time. Limits in
 shadow mode (`enforce: false`) are advertised nowhere but in X-Tallygate-Shadow.
 
@@ -112,15 +113,22 @@ class PlanHeaders:
         # One pass and no attribute access: this runs for each request (1 µs for four limits).
         shadow = self._shadow
         near: LimitState | None = None
+        slots: LimitState | None = None
         near_remaining = near_limit = 0
         special = refused = False
         for state in states:
-            name, _, limit, _, _, remaining, _, allowed, overage, warned, shadowed = state
+            name, kind, limit, _, _, remaining, _, allowed, overage, warned, shadowed = state
             if overage or warned or shadowed:
                 special = True
             if not allowed:
                 refused = True
-            elif name not in shadow and (
+            elif name in shadow:
+                continue
+            elif kind == "concurrency":
+                # How many more may run beside this one says nothing of what is used up, so it is
+                # told only where there is nothing else to tell.
+                slots = state
+            elif (
                 # remaining / limit compared without dividing: a limit may be 0.
                 near is None or remaining * near_limit < near_remaining * limit
             ):
@@ -128,6 +136,8 @@ class PlanHeaders:
         headers: Headers = [self._policy] if self._ratelimit and self._items else []
         if refused:
             near = headline(states)
+        elif near is None:
+            near = slots
         if near is not None:
             name, kind, _, _, _, remaining, reset_ms, _, _, _, _ = near
             if remaining < 0:

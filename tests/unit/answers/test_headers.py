@@ -101,10 +101,18 @@ def test_the_limit_nearest_exhaustion_is_described() -> None:
 
 
 def test_a_concurrency_limit_has_no_reset_time() -> None:
-    compiled = PlanHeaders(PLAN, {})
-    given_states = states(compiled, {}, {}, {}, {"remaining": 1})
-    headers = as_dict(compiled.of(given_states))
+    compiled = PlanHeaders(Plan("slots", (Concurrency("in_flight", 50),)), {})
+    headers = as_dict(compiled.of(states(compiled, {"remaining": 1})))
     assert parse_list(headers["ratelimit"]) == [("in_flight", {"r": 1})]
+
+
+def test_free_slots_are_not_told_where_something_is_used_up() -> None:
+    compiled = PlanHeaders(PLAN, {})
+    given_states = states(
+        compiled, {"remaining": 20}, {"remaining": 900}, {"remaining": 9_999}, {"remaining": 1}
+    )
+    headers = as_dict(compiled.of(given_states))
+    assert parse_list(headers["ratelimit"]) == [("per_day", {"r": 900, "t": 0})]
 
 
 def test_a_refusal_names_the_limit_that_refuses_longest_and_retry_after_covers_all() -> None:

@@ -1,0 +1,110 @@
+"""The parts of a gateway that decide a request, put together on real servers, without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from core.admission.program import CalendarUse, calendar_use, compile_program
+from core.admission.seeder import Catalogue, Seeder
+from core.db import Database, connect_pool
+from core.keyspace import Keyspace
+from core.policy import Aggregation, Meter, Plan
+from core.redis.scripts import load
+from core.redis.store import Store
+from gateway.admission.batcher import Batcher
+from gateway.admission.leases import Leases
+from gateway.admission.limiter import Admission, Decision, Limiter
+from gateway.answers.verdict import policy_of
+
+METERS: Mapping[str, Meter] = {
+    "requests": Meter("requests"),
+    "credits": Meter("credits", unit="credit", decimals=2),
+    "peak": Meter("peak", unit="MB", aggregation=Aggregation.MAX),
+    "seats": Meter("seats", unit="seat", aggregation=Aggregation.LAST),
+}
+
+
+@dataclass
+class Subscription:
+    """What the limiter needs of one; billed from the epoch on unless told otherwise."""
+
+    id: str
+    anchor_ms: int = 0
+    period_start_ms: int = 0
+    period_end_ms: int = 0
+
+
+@dataclass
+class Stack:
+    store: Store
+    database: Database
+    batcher: Batcher
+    seeder: Seeder
+    leases: Leases
+    limiter: Limiter
+    calendars: CalendarUse
+    keyspace: Keyspace
+
+    def admission(
+        self, plan: Plan, costs: Mapping[str, int] | None = None, *, durable: bool = True
+    ) -> Admission:
+        program = compile_program(
+            plan, costs or {"requests": 1}, METERS, self.calendars, durable=durable
+        )
+        policies = tuple(policy_of(limit, METERS) for limit in program.limits)
+        return Admission(program, policies, plan.interval_months)
+
+    async def hit(self, admission: Admission, subject: str, times: int) -> list[Decision]:
+        """So many requests of one subscription at once."""
+        subscription = Subscription(subject)
+        return await asyncio.gather(
+            *(
+                self.limiter.admit(admission, replace(subscription), f"{subject}-{number}")
+                for number in range(times)
+            )
+        )
+
+
+@asynccontextmanager
+async def stack(
+    redis_url: str,
+    postgres_url: str,
+    *plans: Plan,
+    timeout_s: float = 5.0,
+    max_batch: int = 128,
+    max_in_flight: int = 2,
+) -> AsyncIterator[Stack]:
+    """Calendar counters are those of `plans`; the time-out is long, as the machine may be busy."""
+    keyspace = Keyspace()
+    store = Store.connect(redis_url, 5.0)
+    database = await connect_pool(postgres_url, size=4, timeout_s=10, require=False)
+    batcher = Batcher(
+        redis_url,
+        load("admit"),
+        keyspace.dirty(0),
+        keyspace.events(0),
+        timeout_s=timeout_s,
+        max_batch=max_batch,
+        max_in_flight=max_in_flight,
+    )
+    await batcher.start()
+    calendars = calendar_use(plans)
+    catalogue = Catalogue(METERS, calendars)
+    seeder = Seeder(store, database, lambda: catalogue)
+    leases = Leases(store)
+    limiter = Limiter(batcher, seeder, leases, keyspace)
+    try:
+        yield Stack(store, database, batcher, seeder, leases, limiter, calendars, keyspace)
+    finally:
+        await leases.close()
+        await seeder.close()
+        await batcher.close()
+        await store.close()
+        await database.close()
+
+
+def admitted(decisions: list[Decision]) -> int:
+    return sum(decision.admitted for decision in decisions)
