@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
-import time
 import pytest
 
 from cli.embedded import EmbeddedPostgres
@@ -85,11 +85,9 @@ def test_a_plan_change_keeps_what_was_consumed(stack: Stack, load: Load) -> None
 
 
 def test_postgres_dies_and_comes_back(own_stack: Callable[..., Stack]) -> None:
-    import asyncio
-
     with (
         server_directory() as path,
-        EmbeddedPostgres(path / "postgres", port=free_port(), fast=True) as postgres,
+        EmbeddedPostgres(path / "postgres", port=free_port()) as postgres,
     ):
         asyncio.run(migrate(postgres.url))
         stack = own_stack(
@@ -113,7 +111,7 @@ def test_postgres_dies_and_comes_back(own_stack: Callable[..., Stack]) -> None:
 
         postgres.restart()
         wait_until(
-            lambda: print(time.time(), stack.get("/api/x", stranger.key).text) or stack.get("/api/x", stranger.key).status_code == 200, what="the new key known"
+            lambda: stack.get("/api/x", stranger.key).status_code == 200, what="the new key known"
         )
         stack.flushed(known, 52)
         # Changes are heard again.
