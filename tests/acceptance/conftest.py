@@ -48,9 +48,10 @@ def new_database(postgres_server: EmbeddedPostgres, _migrated: str) -> NewDataba
 @pytest.fixture(scope="session")
 def stack(new_database: NewDatabase) -> Iterator[Stack]:
     """Four gateways of one worker each on one Valkey and one ledger; tests bring subscribers."""
-    with server_directory() as path, start_stack(
-        path, SHARED, new_database(), gateways=(1, 1, 1, 1)
-    ) as running:
+    with (
+        server_directory() as path,
+        start_stack(path, SHARED, new_database(), gateways=(1, 1, 1, 1)) as running,
+    ):
         yield running
 
 

@@ -89,8 +89,10 @@ def test_a_killed_worker_is_replaced_and_its_slots_come_back(
             # Renewed meanwhile: they outlive their lease as long as their worker lives.
             begun = time.monotonic()
             wait_until(
-                lambda: time.monotonic() > begun + 1.5 * LEASE_S
-                and stack.get("/api/x", slots.key).status_code == 429,
+                lambda: (
+                    time.monotonic() > begun + 1.5 * LEASE_S
+                    and stack.get("/api/x", slots.key).status_code == 429
+                ),
                 deadline_s=3 * LEASE_S,
                 what="leases renewed",
             )
@@ -108,14 +110,13 @@ def test_a_killed_worker_is_replaced_and_its_slots_come_back(
         )
         assert time.monotonic() - killed < LEASE_S + 1
         wait_until(
-            lambda: len({worker.pid for worker in _workers(stack)} - old) == 1
-            and len(_workers(stack)) == 2,
+            lambda: (
+                len({worker.pid for worker in _workers(stack)} - old) == 1
+                and len(_workers(stack)) == 2
+            ),
             what="a new worker",
         )
-        wait_until(
-            lambda: any(_serves(stack, worker) for worker in _workers(stack) if worker.pid not in old),
-            what="the new worker serving",
-        )
+        wait_until(lambda: _next_worker(stack) not in old, what="the new worker serving")
     finally:
         stack.release()
         outcome = load.stop()
@@ -135,9 +136,10 @@ def _ended(connection: socket.socket) -> bool:
         return True
 
 
-def _serves(stack: Stack, worker: psutil.Process) -> bool:
-    port = stack.ports[0]
-    return any(there.laddr.port == port and there.raddr for there in worker.net_connections("tcp"))
+def _next_worker(stack: Stack) -> int:
+    """Which worker is given the next connection."""
+    with socket.create_connection(("127.0.0.1", stack.ports[0])) as connection:
+        return _worker_of(stack, connection).pid
 
 
 def test_sigterm_drains(own_stack: Callable[..., Stack]) -> None:

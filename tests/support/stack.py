@@ -46,6 +46,7 @@ class Stack:
     """Made by `start_stack`. Gateway n listens on `ports[n]`; `gateways[n]` is its supervisor."""
 
     def __init__(self, config: Path, env: Mapping[str, str], valkey: EmbeddedValkey) -> None:
+        import httpx
         import redis
 
         self.config = config
@@ -56,6 +57,12 @@ class Stack:
         self.reconciler: Process | None = None
         self.upstream_port = 0
         self.redis: redis.Redis[bytes] = redis.Redis.from_url(valkey.url)
+        self._http = httpx.Client(
+            timeout=30,
+            trust_env=False,
+            verify=False,  # plain HTTP: saves loading the certificates of the machine
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
         self._runner = asyncio.Runner()
         self._database: Any = None
         self._customer = ""
@@ -79,14 +86,10 @@ class Stack:
 
     def get(self, path: str, key: str | None = None, **more: Any) -> httpx.Response:
         """One request on a connection of its own."""
-        import httpx
-
         headers = {"authorization": f"Bearer {key}"} if key else {}
         headers |= more.pop("headers", {})
         url = self.url(path, more.pop("gateway", 0))
-        return httpx.request(
-            more.pop("method", "GET"), url, headers=headers, timeout=30, trust_env=False, **more
-        )
+        return self._http.request(more.pop("method", "GET"), url, headers=headers, **more)
 
     def write_config(self, text: str) -> None:
         """Replaces the file in one step, as a careful editor does."""
@@ -192,8 +195,10 @@ class Stack:
     def flushed(self, subscriber: Subscriber, requests: int) -> None:
         """Waits until the ledger says so many requests."""
         wait_until(
-            lambda: self.ledger(subscriber).get("requests") is not None
-            and self.ledger(subscriber)["requests"].total == requests,
+            lambda: (
+                self.ledger(subscriber).get("requests") is not None
+                and self.ledger(subscriber)["requests"].total == requests
+            ),
             what=f"{requests} requests in the ledger of {subscriber.id}",
         )
 
@@ -228,10 +233,8 @@ class Stack:
 
     def seen(self) -> dict[str, Any]:
         """What the upstream says it served: see tests/support/upstream.py."""
-        import httpx
-
         url = f"http://127.0.0.1:{self.upstream_port}/-/seen"
-        answer: dict[str, Any] = httpx.get(url, trust_env=False).json()
+        answer: dict[str, Any] = self._http.get(url).json()
         return answer
 
     def served(self, who: str, path: str | None = None) -> int:
@@ -244,9 +247,7 @@ class Stack:
 
     def release(self) -> None:
         """Lets the upstream answer what it holds."""
-        import httpx
-
-        httpx.get(f"http://127.0.0.1:{self.upstream_port}/-/release", trust_env=False)
+        self._http.get(f"http://127.0.0.1:{self.upstream_port}/-/release")
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum over all processes of a metric's series that carry these labels."""
@@ -264,6 +265,7 @@ class Stack:
 
     def close(self) -> None:
         self.redis.close()
+        self._http.close()
         if self._database is not None:
             with contextlib.suppress(Exception):
                 self.run(self._database.close())

@@ -1,0 +1,216 @@
+"""States the ledger does not take: they stay listed, and keep nobody else waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from core.policy import Meter
+from core.redis.scripts import load
+from reconciler.flush import FlushResult
+from tests.integration.reconciler.parts import Parts, parts
+from tests.integration.reconciler.test_flush import SPAN, START_MS, spend
+from tests.support.scripts import Scripts
+
+
+@pytest.fixture
+def scripts(valkey: str) -> Scripts:
+    scripts = Scripts(valkey)
+    scripts.at(START_MS * 1000)
+    return scripts
+
+
+def run(
+    redis_url: str, postgres_url: str, check: Callable[[Parts], Awaitable[None]], **options: Any
+) -> None:
+    async def main() -> None:
+        async with parts(redis_url, postgres_url, **options) as found:
+            await check(found)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("p:requests", f"{SPAN[1]} {SPAN[0]} {START_MS}"),  # ends before it starts
+        ("p:requests", "0 999999999999999999 0"),  # beyond any calendar
+        ("m:requests", "many"),
+        ("epoch", "first"),
+    ],
+)
+def test_a_damaged_state_is_left_and_the_others_are_stored(
+    scripts: Scripts, valkey: str, database: str, field: str, text: str
+) -> None:
+    async def check(p: Parts) -> None:
+        for number in range(9):
+            spend(scripts, f"s{number}", 2)
+        scripts.redis.hset(p.keyspace.state("s4"), field, text)
+        damaged = scripts.state("s4")
+        result = await p.flusher.flush_all()
+        assert result.unreadable == [p.keyspace.state("s4")]
+        assert (result.stored, result.clean) == (8, 8)
+        assert scripts.redis.zrange(p.keyspace.dirty(0), 0, -1) == [p.keyspace.state("s4")]
+        assert scripts.state("s4") == damaged
+        assert await p.ledger("s4") == {}
+        # it stays at the head of the list, and those behind it are reached all the same
+        for number in range(9):
+            if number != 4:
+                spend(scripts, f"s{number}")
+        assert (await p.flusher.flush_all()).stored == 8
+
+    run(valkey, database, check, batch=3)
+
+
+def test_a_state_of_an_unknown_meter_waits_for_the_meter(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    async def without(p: Parts) -> None:
+        spend(scripts, "s", credits=5)
+        result = await p.flusher.flush_all()
+        assert (result.stored, result.unreadable) == (0, [p.keyspace.state("s")])
+        assert (await p.flusher.lag())[0] == 1
+
+    async def complete(p: Parts) -> None:
+        assert (await p.flusher.flush_all()).clean == 1
+        assert await p.ledger("s") == await p.live("s")
+
+    run(valkey, database, without, meters={"requests": Meter("requests")})
+    run(valkey, database, complete)
+
+
+def test_an_overtaken_state_is_told_its_epoch(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    async def check(p: Parts) -> None:
+        spend(scripts, "s", 3)
+        # another process claimed two epochs, as seeders do, and died
+        await p.database.fetch("claim_epochs", ["s"])
+        await p.database.fetch("claim_epochs", ["s"])
+        result = await p.flusher.flush_all()
+        assert (result.stored, result.overtaken) == (0, ["s"])
+        assert await p.ledger("s") == {}
+        assert scripts.state("s")["epoch"] == "2"
+        assert (await p.flusher.lag())[0] == 1
+        assert (await p.flusher.flush_all()).clean == 1
+        assert await p.ledger("s") == await p.live("s")
+
+    run(valkey, database, check)
+
+
+def test_an_overtaken_state_below_the_ledger_is_not_let_in(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    async def check(p: Parts) -> None:
+        spend(scripts, "s", 9)
+        await p.flusher.flush_all()
+        stored = await p.ledger("s")
+        scripts.redis.delete(p.keyspace.state("s"))
+        await p.database.fetch("claim_epochs", ["s"])
+        spend(scripts, "s", 2)  # seeded from nothing, at the old epoch
+        result = await p.flusher.flush_all()
+        assert result.overtaken == ["s"]
+        assert scripts.state("s")["epoch"] == "1"
+        assert (await p.flusher.flush_all()).stored == 0
+        assert await p.ledger("s") == stored
+
+    run(valkey, database, check)
+
+
+def test_an_epoch_is_not_passed_to_a_state_that_is_gone(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    """Redis is wiped between the refusal and the answer to it: no empty state may come of it."""
+
+    async def check(p: Parts) -> None:
+        spend(scripts, "s", 3)
+        await p.flusher.flush_all()
+        spend(scripts, "s")
+        snapshots = await p.flusher._read([p.keyspace.state("s")], FlushResult())
+        await p.database.fetch("claim_epochs", ["s"])
+        scripts.redis.delete(p.keyspace.state("s"))
+        await p.flusher._pass_epochs_on(snapshots)
+        assert scripts.state("s") == {}
+
+    run(valkey, database, check)
+
+
+def test_a_state_behind_the_ledger_is_never_acknowledged(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    """Redis lost writes: it came back with an older copy of its data."""
+
+    async def check(p: Parts) -> None:
+        key = p.keyspace.state("s")
+        spend(scripts, "s", 3)
+        old = scripts.state("s")
+        spend(scripts, "s", 4)
+        await p.flusher.flush_all()
+        stored = await p.ledger("s"), await p.version("s")
+        scripts.redis.delete(key)
+        scripts.redis.hset(key, mapping=old)
+        scripts.redis.zadd(p.keyspace.dirty(0), {key: START_MS})
+        for _ in range(2):
+            result = await p.flusher.flush_all()
+            assert (result.behind, result.stored, result.clean) == (["s"], 0, 0)
+            assert (await p.flusher.lag())[0] == 1
+        assert (await p.ledger("s"), await p.version("s")) == stored
+        assert scripts.state("s") == old
+
+    run(valkey, database, check)
+
+
+def test_a_wiped_subject_is_unlisted(scripts: Scripts, valkey: str, database: str) -> None:
+    async def check(p: Parts) -> None:
+        spend(scripts, "s")
+        spend(scripts, "t")
+        scripts.redis.delete(p.keyspace.state("s"))
+        result = await p.flusher.flush_all()
+        assert (result.stored, result.clean, result.unreadable) == (1, 2, [])
+        assert await p.flusher.lag() == (0, 0)
+
+    run(valkey, database, check)
+
+
+def test_the_lag_is_the_age_of_the_oldest_change(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    async def check(p: Parts) -> None:
+        now_ms = await p.store.now_ms()
+        for subject, age in (("young", 2_000), ("old", 90_000)):
+            scripts.at((now_ms - age) * 1000)
+            spend(scripts, subject, 3)
+        count, lag_ms = await p.flusher.lag()
+        assert count == 2
+        assert 90_000 <= lag_ms <= 90_000 + (await p.store.now_ms() - now_ms)
+        # one changes while it is flushed: it is late by the flush, not by ninety seconds
+        keys = [p.keyspace.state("old")]
+        read_at = await p.store.now_ms()
+        snapshots = await p.flusher._read(keys, FlushResult())
+        accepted = await p.flusher._commit(snapshots, FlushResult())
+        spend(scripts, "old")
+        await p.flusher._confirm(accepted, keys, snapshots, read_at)
+        assert scripts.redis.zscore(p.keyspace.dirty(0), keys[0]) == read_at
+        # changes from the future (another clock) are no negative lag
+        scripts.redis.zadd(p.keyspace.dirty(0), {key: 2**42 for key in keys})
+        scripts.redis.zrem(p.keyspace.dirty(0), p.keyspace.state("young"))
+        assert await p.flusher.lag() == (1, 0)
+
+    run(valkey, database, check)
+
+
+def test_the_scripts_of_a_flush_are_loaded_when_the_server_lost_them(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    async def check(p: Parts) -> None:
+        spend(scripts, "s")
+        await p.flusher.flush_all()
+        assert scripts.redis.script_exists(load("acknowledge").sha) == [True]
+        spend(scripts, "s")
+        scripts.redis.script_flush()
+        assert (await p.flusher.flush_all()).clean == 1
+
+    run(valkey, database, check)
