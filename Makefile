@@ -18,8 +18,19 @@ help:  ## This list
 run: $(VENV)/run.stamp  ## Run everything in this terminal, stores included (ARGS="--gateway-port 9090")
 	@exec $(BIN)/tallygate up $(ARGS)
 
+# Whole processes under load are tested one at a time: beside other tests they would be measured
+# with half a machine. Everything else has servers of its own for each of the two runners.
+ALONE := $(wildcard tests/acceptance tests/faults tests/browser tests/integration/up)
+
 test: $(VENV)/dev.stamp  ## Run all tests (ARGS="tests/unit -k period")
+ifdef ARGS
 	@$(BIN)/pytest $(ARGS)
+else
+	@failed=0; \
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(addprefix --ignore=,$(ALONE)) tests || failed=$$?; \
+	$(BIN)/pytest $(ALONE) || failed=$$?; \
+	exit $$failed
+endif
 
 lint: $(VENV)/dev.stamp lua  ## Check style, types, imports and Lua
 	@$(BIN)/ruff check .
@@ -56,7 +67,7 @@ $(VENV)/created.stamp:
 
 # Two stamps: `make run` does not wait for the tools of `make test`.
 $(VENV)/run.stamp: $(VENV)/created.stamp requirements/run.txt pyproject.toml
-	@echo "installing into $(VENV)"
+	@echo "installing into $(VENV), which takes a minute and is done once"
 	@$(PIP) --require-hashes -r requirements/run.txt
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -100,9 +100,7 @@ async def _prepare(url: str, count: int) -> dict[str, list[str]]:
     keys: dict[str, list[str]] = {plan: [] for plan in PLANS}
     for plan in PLANS:
         for _ in range(count):
-            subscription = await create_subscription(
-                database, customer_id=customer.id, plan=plan
-            )
+            subscription = await create_subscription(database, customer_id=customer.id, plan=plan)
             new = await create_key(database, hasher, subscription_id=subscription.id)
             keys[plan].append(new.secret)
     await database.close()

@@ -23,6 +23,8 @@ from urllib.parse import parse_qs
 import click
 import orjson
 
+from core.leave import leave
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -150,6 +152,7 @@ async def serve(port: int) -> None:
 @click.option("--port", type=int, required=True)
 def main(port: int) -> None:
     asyncio.run(serve(port))
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,10 @@ def _process(name: str) -> click.Command:
 
         find_own_packages(os.environ)  # the gateway starts its workers as `python -m gateway`
         status = importlib.import_module(f"{name}.__main__").main(list(args))
+        if name == "control":  # it serves HTTP in this very process
+            from core.leave import leave
+
+            leave(status or 0)
         sys.exit(status or 0)
 
     return click.Command(

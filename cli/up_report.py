@@ -43,6 +43,8 @@ def _readable(line: str) -> str:
         words = [clock, str(fields["level"]), str(fields["event"])]
     except (ValueError, KeyError):
         return line
+    if fields.get("decision_id"):
+        fields.pop("request_id", None)  # one of the two is enough to find the request again
     words += [
         f"{name}={value}"
         for name, value in fields.items()
@@ -79,7 +81,7 @@ def _tries(settings: Settings, keys: Sequence[DemoKey]) -> list[str]:
     header = f"-H '{settings.key_header}{first.key}'"
     burst = (
         f"{_BURST} requests at once: 429 when the plan's burst is used up",
-        f"curl -so /dev/null -w '%{{http_code}} ' {header} '{url}?n=[1-{_BURST}]'",
+        f"curl -so /dev/null -w '%{{http_code}} ' {header} '{url}?n=[1-{_BURST}]'; echo",
     )
     steps = [
         ("an answer of the API behind the gateway", f"curl {header} {url}"),
@@ -88,7 +90,7 @@ def _tries(settings: Settings, keys: Sequence[DemoKey]) -> list[str]:
             f"curl -sD - -o /dev/null {header} {url}",
         ),
         *([burst] if first.plan == "free" else []),
-        ("what was counted", f"{_ourselves()} usage {first.subscription}"),
+        ("what was counted", f"{_ourselves()} usage --subscription {first.subscription}"),
     ]
     return [
         line

@@ -22,6 +22,7 @@ from control.app import Control, create_app, open_control
 from core.config import Address, Snapshot, load
 from core.config.fields import parse_address
 from core.errors import TallygateError
+from core.leave import leave
 from core.telemetry import logs
 
 _log = logs.get_logger()
@@ -121,4 +122,4 @@ async def _housekeeping(control: Control) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -21,6 +21,7 @@ from core import clock
 from core.config import Address, Snapshot, load
 from core.config.fields import parse_address
 from core.errors import TallygateError
+from core.leave import leave
 from core.telemetry import logs
 from gateway import worker
 from gateway.lifeline import die_with_parent
@@ -168,4 +169,4 @@ def _stop(slots: list[_Slot], patience_s: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,7 +1,7 @@
 -- Marks states as flushed, after the ledger has committed them.
 --
--- A subject that changed since its snapshot stays listed, as changed since then. Closed hours and periods that the
--- snapshot held are final, so they are dropped in either case.
+-- A subject that changed since its snapshot stays listed, as changed since then. Closed hours and
+-- periods that the snapshot held are final, so they are dropped in either case.
 --
 -- KEYS  1        sorted set of changed subjects of the shard
 --       2 ...    state hash of each flushed subject

@@ -60,8 +60,11 @@ def main() -> int:
         if name.startswith("includes/"):
             continue  # checked where they are included: alone, they miss each other's locals
         command = [luacheck, "--config", str(ROOT / ".luacheckrc"), "--filename", f"lua/{name}"]
-        done = subprocess.run([*command, "--quiet", "-"], input=text.encode(), check=False)
-        status |= done.returncode
+        command += ["--quiet", "--no-color", "-"]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(done.stdout + done.stderr, file=sys.stderr, end="")
+            status = 1
     print(f"lua: {len(scripts)} files compile, luacheck {'has findings' if status else 'agrees'}")
     return 1 if errors or status else 0
 

@@ -21,7 +21,7 @@ Positions and indexes count from 1, as Lua does. A quota's counter is a meter in
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import orjson
@@ -69,6 +69,7 @@ _CALENDAR_DAYS = {
 }
 # An idle keyless subject keeps its state at least this long, so that a burst limit survives.
 _MIN_TTL_MS = 60_000
+_MONTHS_A_YEAR = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +208,14 @@ def _ttl_ms(limits: Iterable[Limit]) -> int:
     return longest
 
 
+def _without_anchor(limit: Limit, plan: Plan) -> Limit:
+    """A client address has no billing anchor: its billing quotas follow the calendar."""
+    if isinstance(limit, Quota) and limit.period is PeriodKind.BILLING:
+        year = plan.interval_months == _MONTHS_A_YEAR
+        return replace(limit, period=PeriodKind.YEAR if year else PeriodKind.MONTH)
+    return limit
+
+
 def compile_program(
     plan: Plan,
     costs: Mapping[str, int],
@@ -218,15 +227,17 @@ def compile_program(
     """The program of a plan for one set of costs (meter name to units; 0 leaves a meter out).
 
     `calendars` comes from `calendar_use` over all plans in force. `durable=False` is for keyless
-    subjects: no ledger, no meters, forgotten when idle.
+    subjects: no ledger, no meters, forgotten when idle; their billing quotas follow the calendar
+    month or year.
 
     Raises:
         KeyError: a cost names a meter that is not in `meters`.
     """
     builder = _Builder(meters, costs)
+    plan_limits = plan.limits if durable else tuple(_without_anchor(x, plan) for x in plan.limits)
     limits = tuple(
         limit
-        for limit in plan.limits
+        for limit in plan_limits
         if isinstance(limit, Concurrency) or limit.meter in builder.costs
     )
     if durable:
@@ -250,7 +261,7 @@ def compile_program(
             "limits": rows,
             "leases": len(leases),
             # of the whole plan: a route that costs one meter must not forget the others' counts
-            "ttl": 0 if durable else _ttl_ms(plan.limits),
+            "ttl": 0 if durable else _ttl_ms(plan_limits),
         }
     )
-    return Program(text, limits, leases, durable, 1 + 3 * len(limits), plan.limits)
+    return Program(text, limits, leases, durable, 1 + 3 * len(limits), plan_limits)

@@ -109,6 +109,9 @@ class Seeder:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
+        # a run that was cancelled before its first step has told nobody
+        self._fail(list(self._waiting.values()), StoreUnavailableError("shutting down"))
+        self._waiting.clear()
 
     async def _run(self) -> None:
         while self._waiting:

@@ -54,6 +54,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self.closed = False
+        self.on_close: Callable[[], None] | None = None  # called once, whoever closed it
 
     @classmethod
     async def open(cls, url: str, timeout_s: float) -> Connection:
@@ -104,6 +105,8 @@ class Connection(asyncio.Protocol):
         for future in waiting:
             if not future.done():
                 future.set_exception(StoreUnavailableError(f"Redis: {reason}"))
+        if self.on_close is not None:
+            self.on_close()
 
     # asyncio.Protocol
 

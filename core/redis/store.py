@@ -59,26 +59,30 @@ class Store:
     ) -> list[Any]:
         """Script calls in one round trip, each atomic by itself; replies in order.
 
-        A server that does not know the script is given it, and the calls are sent again: it says so
-        before it runs anything, so nothing runs twice.
+        Calls that the server refuses because it does not know the script, and no others, are sent
+        again with its source: so nothing runs twice, and a SCRIPT FLUSH in between does no harm.
         """
         with self._translated():
-            try:
-                return await self._pipeline(script, calls)
-            except NoScriptError:
-                await self._client.script_load(script.source)
-                return await self._pipeline(script, calls)
+            replies = await self._pipeline("EVALSHA", script.sha, calls)
+            unknown = [at for at, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+            if unknown:
+                again = [calls[at] for at in unknown]
+                for at, reply in zip(
+                    unknown, await self._pipeline("EVAL", script.source, again), strict=True
+                ):
+                    replies[at] = reply
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+            return replies
 
     async def _pipeline(
-        self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]
+        self, command: str, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]
     ) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
         for keys, arguments in calls:
-            pipeline.execute_command("EVALSHA", script.sha, len(keys), *keys, *arguments)
+            pipeline.execute_command(command, script, len(keys), *keys, *arguments)
         replies: list[Any] = await pipeline.execute(raise_on_error=False)
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
         return replies
 
     async def hgetall_many(self, keys: Sequence[str]) -> list[dict[str, str]]:

@@ -125,6 +125,10 @@ class Batcher:
         except (RedisReplyError, TimeoutError) as error:
             connection.close()
             raise StoreUnavailableError(f"Redis: {error}") from error
+        if connection.closed:
+            raise StoreUnavailableError("Redis: connection lost")
+        # Also when nothing is asked: an idle worker that is not ready would never be asked again.
+        connection.on_close = self._reconnect
         self._connection = connection
 
     def _reconnect(self) -> None:

@@ -100,9 +100,7 @@ class Limiter:
             if status <= Verdict.REJECT:
                 return self._decision(admission, numbers, keys, request_id)
             if status == Verdict.COLD:
-                await self._seeder.seed(
-                    subscription.id, keys[0], program.plan_limits, numbers[0]
-                )
+                await self._seeder.seed(subscription.id, keys[0], program.plan_limits, numbers[0])
             else:
                 self._set_period(admission, subscription, numbers[0])
         raise StoreUnavailableError("the subject's state kept changing; no decision was reached")

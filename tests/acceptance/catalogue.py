@@ -98,6 +98,7 @@ SHARED = config(
         """,
     )
     + plan("quota", "monthly: {period: billing, limit: 1000}")
+    + plan("ten_thousand", "monthly: {period: billing, limit: 10000}")
     + plan("thousands", "monthly: {period: billing, limit: 100000}")
     + plan("doubled", "monthly: {period: billing, limit: 40}")
     + plan("small", "monthly: {period: billing, limit: 20}")

@@ -1,4 +1,4 @@
-"""Whole stacks for the acceptance tests: one that most tests share, and more where one breaks it."""
+"""Whole stacks for the acceptance tests: one that most share, others where a test breaks it."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_without_a_key(stack: Stack) -> None:
     assert answer.headers["www-authenticate"] == 'Bearer realm="api"'
 
 
-@pytest.mark.parametrize("key", ["nonsense", generate_key()])
+@pytest.mark.parametrize("key", ["nonsense", generate_key()], ids=["nonsense", "well-formed"])
 def test_with_a_key_that_does_not_exist(stack: Stack, key: str) -> None:
     answer = stack.get("/api/x", key)
     _problem(answer, 401, _own("invalid-key"))

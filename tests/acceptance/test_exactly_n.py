@@ -48,9 +48,11 @@ def test_never_more_at_once_than_there_are_slots(stack: Stack, load: Load) -> No
         # The upstream holds what is admitted, so the slots stay taken until all have been answered.
         request = get("/api/hold", who.key, who=who.id)
         load.start(stack.ports, [request], connections=CLIENTS, total=CLIENTS)
-        wait_until(lambda: load.progress().total == CLIENTS - SLOTS, what="the others refused")
-        wait_until(lambda: stack.seen()["in_flight"] == SLOTS, what="all slots taken")
-        stack.release()
+        try:
+            wait_until(lambda: load.progress().total == CLIENTS - SLOTS, what="the others refused")
+            wait_until(lambda: stack.seen()["in_flight"] == SLOTS, what="all slots taken")
+        finally:
+            stack.release()
         outcome = load.wait()
         assert (outcome.count(200), outcome.count(429)) == (SLOTS, CLIENTS - SLOTS)
         assert stack.seen()["peak"][f"{who.id} /api/hold"] == SLOTS

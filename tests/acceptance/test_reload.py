@@ -1,4 +1,4 @@
-"""The configuration is changed under load: no request fails, no count is lost, a typo is refused."""
+"""The configuration changes under load: no request fails, no count is lost, a typo is refused."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ IN_FORCE_S = 2.0
 
 
 def _config(limit: int, more: str = "") -> str:
-    return (
-        config(
-            plan("sold", f"monthly: {{period: billing, limit: {limit}}}")
-            + plan("busy", "monthly: {period: billing, limit: 1000000}")
-        )
-        + more
+    """Each limit comes with another time-out, so that the upstream's connections change, too."""
+    text = config(
+        plan("sold", f"monthly: {{period: billing, limit: {limit}}}")
+        + plan("busy", "monthly: {period: billing, limit: 1000000}")
     )
+    upstream = '["${UPSTREAM}"]'
+    assert upstream in text
+    return text.replace(upstream, f"{upstream}, timeout: {{response: {limit}s}}") + more
 
 
 def _digests(stack: Stack) -> set[str]:

@@ -38,12 +38,12 @@ def test_clients_upstream_redis_and_ledger_agree_to_the_unit(stack: Stack, load:
     for who in (blocked, paid):
         assert stack.served(who.id) == light[who.id] + heavy[who.id]
         assert stack.served(who.id, "/heavy/c") == heavy[who.id]
-    credits = 5 * heavy[blocked.id]
-    assert credits > 1000  # beyond its limit, which only warns: counted, never as overage
+    spent = 5 * heavy[blocked.id]
+    assert spent > 1000  # beyond its limit, which only warns: counted, never as overage
     _agree(
         stack,
         blocked,
-        {"requests": Use(Decimal(1500)), "credits": Use(Decimal(credits))},
+        {"requests": Use(Decimal(1500)), "credits": Use(Decimal(spent))},
     )
     assert heavy[paid.id] == 750
     _agree(

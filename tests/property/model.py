@@ -38,9 +38,7 @@ class Model:
     def used(self, quota: Quota, now_ms: int, span: tuple[int, int]) -> tuple[int, int]:
         """Units spent in the quota's current period, and where that period starts."""
         start, end = (
-            span
-            if quota.period is PeriodKind.BILLING
-            else calendar_period(quota.period, now_ms)
+            span if quota.period is PeriodKind.BILLING else calendar_period(quota.period, now_ms)
         )
         total = sum(
             cost
@@ -138,4 +136,3 @@ class Model:
                 hour = period, at - at % HOUR_MS
                 hours[hour] = hours.get(hour, 0) + cost
         return periods, hours
-

@@ -104,9 +104,7 @@ gaps_us = st.one_of(
     st.integers(0, 3 * 24 * 3600 * SECOND_US),
     st.integers(0, 40 * 24 * 3600 * SECOND_US),
 )
-steps = st.lists(
-    st.tuples(gaps_us, st.integers(1, 5), st.integers(0, 6)), min_size=1, max_size=30
-)
+steps = st.lists(st.tuples(gaps_us, st.integers(1, 5), st.integers(0, 6)), min_size=1, max_size=30)
 
 
 @pytest.fixture
@@ -145,7 +143,12 @@ def scaled(limit: Limit, change: int) -> Limit:
 )
 @example(
     limits=[Quota("quota_a", "requests", 3, PeriodKind.BILLING)],
-    steps=[(0, 1, 1), (24 * 3600 * SECOND_US, 1, 1), (SECOND_US, 1, 1), (29 * 86400 * SECOND_US, 1, 1)],
+    steps=[
+        (0, 1, 1),
+        (24 * 3600 * SECOND_US, 1, 1),
+        (SECOND_US, 1, 1),
+        (29 * 86400 * SECOND_US, 1, 1),
+    ],
     start=ms(2024, 2, 29, 10, 29, 59),
     anchor=ms(2024, 1, 31, 10, 30),
     interval=1,

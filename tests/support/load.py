@@ -178,9 +178,7 @@ class _Job:
     def work(self, client: _Client) -> None:
         """Gives a free connection its next request, or nothing when there is none left."""
         if self.left == 0:
-            self.working -= 1
-            if self.working == 0:
-                self.done.set()
+            self.retire()
             return
         if self.left is not None:
             self.left -= 1
@@ -199,6 +197,18 @@ class _Job:
         if self.keep_records:
             row = (client.index, status, client.started, time.monotonic())
             self.records.append(row)
+
+    def gone(self, client: _Client) -> None:
+        """A connection was closed: another one takes its place, where that is wanted."""
+        if self.reopen:
+            asyncio.ensure_future(_replace(client.port, self))  # noqa: RUF006
+        else:
+            self.retire()
+
+    def retire(self) -> None:
+        self.working -= 1
+        if self.working == 0:
+            self.done.set()
 
     def answer(self) -> bytes:
         rows = [[index, status, n] for (index, status), n in self.statuses.items()]
@@ -234,23 +244,23 @@ class _Client(asyncio.Protocol):
         if len(self.buffer) < head + 4 + length:
             return
         status = int(self.buffer[9:12])
+        last = b"\r\nconnection: close" in self.buffer[: head + 2].lower()
         self.buffer = b""
         job = self.job
         assert job is not None
         job.answered(self, status)
-        job.work(self)
+        if last:
+            self.transport.close()
+            job.gone(self)
+        else:
+            job.work(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
         job = self.job
         if job is not None:
             job.answered(self, 0)
-            if job.reopen:
-                asyncio.ensure_future(_replace(self.port, job))  # noqa: RUF006
-            else:
-                job.working -= 1
-                if job.working == 0:
-                    job.done.set()
+            job.gone(self)
 
 
 async def _connect(port: int) -> _Client:
@@ -266,9 +276,7 @@ async def _replace(port: int, job: _Job) -> None:
             break
         except OSError:
             if job.left == 0:
-                job.working -= 1
-                if job.working == 0:
-                    job.done.set()
+                job.retire()
                 return
             await asyncio.sleep(0.01)
     job.work(client)

@@ -156,12 +156,27 @@ class Stack:
 
     def state(self, subscriber: Subscriber) -> dict[str, Use]:
         """Totals of the billing period in Redis, by meter."""
+        return self._totals(subscriber, self.hash(subscriber))
+
+    def wipe(self, subscriber: Subscriber) -> dict[str, Use]:
+        """FLUSHALL; returns the subscriber's totals of that very moment."""
+        from core.keyspace import Keyspace
+
+        with self.redis.pipeline(transaction=True) as transaction:
+            transaction.hgetall(Keyspace().state(subscriber.id))
+            transaction.flushall()
+            fields, _ = transaction.execute()
+        return self._totals(subscriber, fields)
+
+    @staticmethod
+    def _totals(subscriber: Subscriber, fields: Mapping[bytes, bytes]) -> dict[str, Use]:
         from core.keyspace import Keyspace
         from reconciler.snapshot import read_state
 
-        key = Keyspace().state(subscriber.id)
-        fields = {name.decode(): text.decode() for name, text in self.redis.hgetall(key).items()}
-        rows = read_state(key, fields).periods
+        if not fields:
+            return {}
+        texts = {name.decode(): text.decode() for name, text in fields.items()}
+        rows = read_state(Keyspace().state(subscriber.id), texts).periods
         return {row.meter: Use(Decimal(row.total), Decimal(row.overage)) for row in rows}
 
     def leases(self, subscriber: Subscriber, limit: str) -> int:

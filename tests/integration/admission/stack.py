@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+from core import clock
 from core.admission.program import CalendarUse, calendar_use, compile_program
 from core.admission.seeder import Catalogue, Seeder
 from core.db import Database, connect_pool
@@ -76,6 +77,7 @@ async def stack(
     timeout_s: float = 5.0,
     max_batch: int = 128,
     max_in_flight: int = 2,
+    now_ms: clock.Clock = clock.now_ms,
 ) -> AsyncIterator[Stack]:
     """Calendar counters are those of `plans`; the time-out is long, as the machine may be busy."""
     keyspace = Keyspace()
@@ -89,6 +91,7 @@ async def stack(
         timeout_s=timeout_s,
         max_batch=max_batch,
         max_in_flight=max_in_flight,
+        now_ms=now_ms,
     )
     await batcher.start()
     calendars = calendar_use(plans)

@@ -135,7 +135,8 @@ def test_misses_of_many_keys_share_queries(database: str, monkeypatch: pytest.Mo
             sizes.clear()
             results = await asyncio.gather(*(gate.slow(key) for key in keys + others))
             assert results == [Outcome.OK] * 60 + [Outcome.UNKNOWN] * 60
-            assert sizes == [120]
+            assert sizes[0] == 120
+            assert sum(sizes[1:]) <= 60  # announced as new while they were looked up: asked again
             assert len({id(e.subscription) for k in keys if (e := gate.cache.get(digest(k)))}) == 1
 
     asyncio.run(run())

@@ -106,9 +106,7 @@ def test_an_event_delivered_twice_is_one_row(scripts: Scripts, valkey: str, data
     run(valkey, database, check)
 
 
-def test_two_processes_moving_the_same_events(
-    scripts: Scripts, valkey: str, database: str
-) -> None:
+def test_two_processes_moving_the_same_events(scripts: Scripts, valkey: str, database: str) -> None:
     async def check(p: Parts) -> None:
         seen: list[str] = []
         for number in range(40):

@@ -32,8 +32,8 @@ SPAN = billing_period(0, 1, START_MS)
 PLAN = plan_of(Quota("monthly", "requests", 5, PeriodKind.BILLING, Action.OVERAGE))
 
 
-def program(requests: int = 1, credits: int = 0) -> Program:
-    return compile_program(PLAN, {"requests": requests, "credits": credits}, METERS, {})
+def program(**costs: int) -> Program:
+    return compile_program(PLAN, {"requests": 1, **costs}, METERS, {})
 
 
 @pytest.fixture
@@ -70,10 +70,9 @@ def test_the_ledger_gets_what_redis_has(scripts: Scripts, valkey: str, database:
             subject = f"s{number}"
             assert await p.ledger(subject) == await p.live(subject)
             assert scripts.state(subject)["dirty"] == "0"
-        requests = (await p.ledger("s6"))["requests", SPAN[0]]
-        assert requests == (7, 2)  # two of seven are overage
-        credits = (await p.ledger("s6"))["credits", SPAN[0]]
-        assert credits == (Decimal("42.42"), 0)
+        ledger = await p.ledger("s6")
+        assert ledger["requests", SPAN[0]] == (7, 2)  # two of seven are overage
+        assert ledger["credits", SPAN[0]] == (Decimal("42.42"), 0)
         assert await p.flusher.lag() == (0, 0)
 
     run(valkey, database, check, batch=10)

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import stat
@@ -33,7 +32,7 @@ CLEAN: dict[str, str | None] = {
 }
 # No word about stores or secrets, and a limit that no test reaches.
 PLAIN = """
-gateway: {workers: 2}
+gateway: {workers: 2, admission: {timeout: 5s}}
 upstreams: {demo: {urls: ["${TALLYGATE_DEMO_UPSTREAM}"]}}
 routes: [{match: {path: /*}, upstream: demo}]
 plans: {pro: {limits: {monthly: {period: billing, limit: 1_000_000_000}}}}
@@ -90,7 +89,9 @@ def tallygate(home: Path, *words: str) -> str:
 
 
 def run(curl: str) -> str:
-    done = subprocess.run(shlex.split(curl), capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        ["sh", "-c", curl], capture_output=True, text=True, timeout=30, check=True
+    )
     return done.stdout
 
 
@@ -123,7 +124,13 @@ def still(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 @pytest.fixture
 def home(server_dir: Path) -> Path:
-    shutil.copy(ROOT / "config.yaml", server_dir / "config.yaml")
+    # The config that comes with tallygate, but with time for a machine that is busy with tests.
+    text = (ROOT / "config.yaml").read_text()
+    patient = re.sub(
+        r"^gateway:$", "gateway:\n  admission: {timeout: 5s}", text, flags=re.MULTILINE
+    )
+    assert patient != text
+    (server_dir / "config.yaml").write_text(patient)
     return server_dir
 
 
@@ -143,6 +150,13 @@ def test_what_it_prints_works_and_is_still_known_after_a_restart(home: Path) -> 
         env = home / ".tallygate" / "env.json"
         assert stat.S_IMODE(env.stat().st_mode) == 0o600
         wait_until(lambda: ledger(home, "sub_demo_free") == counted, 10, "the flush")
+        words = ("usage", "--subscription=sub_demo_free", "--json")
+        shown = json.loads(tallygate(home, *words))
+        assert [row["total"] for row in shown["meters"] if row["meter"] == "requests"] == [
+            str(counted)
+        ]
+        usage = up.found(r"^  tallygate (usage .*)$")
+        assert "up to date with Redis" in tallygate(home, *usage.split())
         assert "sub_demo_free" in tallygate(home, "subscriptions", "list")
         assert tallygate(home, "migrate") == "nothing to apply\n"
         rows = json.loads(tallygate(home, "keys", "list", "--json"))
@@ -204,8 +218,8 @@ def test_a_kill_under_load_loses_no_count_and_leaves_no_process(home: Path) -> N
     with Up(home) as up:
         url, header = up.url() + "/current", {"X-API-Key": up.key("pro")}
         assert httpx.get(url, headers=header).status_code == 200
-        total = wait_until(lambda: ledger(home, "sub_demo_pro"), 10, "the flush")
-        assert sum(served) + 1 <= total <= sum(served) + 1 + unanswered
+        wait_until(lambda: ledger(home, "sub_demo_pro") > sum(served), 10, "every count flushed")
+        assert ledger(home, "sub_demo_pro") <= sum(served) + 1 + unanswered
         assert up.terminate() == 0
 
 

