@@ -18,7 +18,6 @@ PREFIX = "tg1"
 
 # Fields of a subject's hash. Numbers inside one field are separated by one space.
 VERSION = "ver"  # grows by one with each admitted check
-DIRTY = "dirty"  # 1 while the subject is listed in the shard's `dirty` set
 EPOCH = "epoch"  # generation of the state: grows whenever it had to be seeded from the ledger
 BOUNDS = "p:"  # p:<meter>            start and end of the billing period, start of the hour
 METER = "m:"  # m:<meter>             total, overage, total and overage of the hour, updates
@@ -26,7 +25,7 @@ CALENDAR = "q:"  # q:<meter>:<kind>   start, total, count at the last update
 RATE = "r:"  # r:<limit>              last µs, backlog, unit
 FIXED = "w:"  # w:<limit>             window start, count
 SLIDING = "s:"  # s:<limit>           window start, count, count of the window before
-FIRED = "t:"  # t:<limit>             period start, highest threshold fired in percent
+FIRED = "t:"  # t:<limit>             period start, highest threshold fired in percent, the limit
 CLOSED_HOUR = "ch:"  # ch:<meter>:<period start>:<hour>   total, overage; until flushed
 CLOSED_PERIOD = "cp:"  # cp:<meter>:<period start>        end, total, overage; until flushed
 

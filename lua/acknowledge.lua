@@ -20,7 +20,6 @@ for i = 2, #KEYS do
       redis.call('HDEL', key, unpack(ARGV, first, math.min(first + SLICE - 1, at + 2 + closed)))
     end
     if state[2] == version then
-      redis.call('HSET', key, 'dirty', 0)
       redis.call('ZREM', KEYS[1], key)
       clean = clean + 1
     else

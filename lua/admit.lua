@@ -9,12 +9,15 @@
 --       3 ...    a check: the state hash, then one lease set for each concurrency limit
 -- ARGV  1        number of programs, P
 --       2..9     start and end of the current day, week, month, year (ms, UTC)
---       10..9+P  programs, JSON: see core/admission/program.py
+--       10       time in ms after which the caller no longer waits
+--       11..10+P programs, JSON: see core/admission/program.py
 --       then 4 a check: index of its program, start and end of the billing period, lease id
 -- Returns a flat list of integers:
 --       now in ms, then a check: status (includes/status.lua), and for each limit of its program
 --       flags, remaining (below zero when a quota is passed), ms until reset.
---       A check that is COLD or STALE has its status alone.
+--       A check of another status than ADMIT and REJECT has its status alone: COLD (no state, or a
+--       calendar counter is missing), STALE (outside the bounds given), LATE (nobody waits any
+--       more), BROKEN (a field cannot be read). None of these counts anything.
 
 -- @include includes/clock.lua
 -- @include includes/status.lua
@@ -34,6 +37,8 @@ local program_count = tonumber(ARGV[1])
 local calendar = {}
 for i = 1, 8 do calendar[i] = tonumber(ARGV[i + 1]) end
 local today = now >= calendar[1] and now < calendar[2]
+-- A call that waited in a stalled server must not charge for requests that were answered 503.
+local late = now > tonumber(ARGV[10])
 local programs = {}
 
 -- Subjects of this batch, by state key: read once, written once. `s[3i-2..3i]` is the state of
@@ -45,6 +50,10 @@ local function open(key, key_at, program, from_text, to_text)
   local durable = program.ttl == 0
   local s = { key = key, program = program, durable = durable }
   local from, to = tonumber(from_text), tonumber(to_text)
+  if late then
+    s.status = LATE
+    return s
+  end
   if not today or (durable and (now < from or now >= to)) then
     s.status = STALE
     return s
@@ -54,7 +63,7 @@ local function open(key, key_at, program, from_text, to_text)
       s.status = COLD
       return s
     end
-    s.version, s.listed = tonumber(values[1]), values[2] == '1'
+    s.version = tonumber(values[1])
   end
   local meters, counters = {}, {}
   local expected = from_text .. ' ' .. to_text .. hour_text
@@ -129,11 +138,7 @@ local function close(s)
   if s.durable then
     set[n + 1], set[n + 2] = 'ver', s.version
     n = n + 2
-    if not s.listed then
-      set[n + 1], set[n + 2] = 'dirty', 1
-      n = n + 2
-      call('ZADD', dirty_key, 'NX', now, s.key)
-    end
+    call('ZADD', dirty_key, 'NX', now, s.key)
   end
   if n > 0 then
     call('HSET', s.key, unpack(set, 1, n))
@@ -148,15 +153,22 @@ local function emit(key, row, kind, threshold, used, from, to)
 end
 
 -- Fires what `used` has reached in this period and was not fired yet: once a period each.
--- row[10]: {percent, units from which it fires, kind}, ascending; 101 stands for "above the limit"
-local function cross(s, i, row, used, from, to)
+-- row[10]: {percent, units from which it fires, kind}, ascending; 101 stands for "above the limit".
+-- Under another limit than the one it fired for, what had been used `before` counts as fired.
+local function cross(s, i, row, before, used, from, to)
   local fired = s.fired and s.fired[i]
   if not fired then
     fired = 0
-    local text = call('HGET', s.key, row[2])
-    if text then
-      local start, percent = string.match(text, '^(%d+) (%d+)$')
-      if tonumber(start) == from then fired = tonumber(percent) end
+    local start, percent, limit =
+      string.match(call('HGET', s.key, row[2]) or '', '^(%d+) (%d+) (%d+)$')
+    if tonumber(start) == from then
+      if tonumber(limit) == row[4] then
+        fired = tonumber(percent)
+      else
+        for _, threshold in ipairs(row[10]) do
+          if before >= threshold[2] then fired = threshold[1] end
+        end
+      end
     end
   end
   local highest = fired
@@ -166,29 +178,34 @@ local function cross(s, i, row, used, from, to)
       emit(s.key, row, threshold[3], highest, used, from, to)
     end
   end
-  if highest > fired then call('HSET', s.key, row[2], format('%d %d', from, highest)) end
+  if highest > fired then
+    call('HSET', s.key, row[2], format('%d %d %d', from, highest, row[4]))
+  end
   s.fired = s.fired or {}
   s.fired[i] = highest
 end
 
 local reply, r = { now }, 1
-local key_at, arg_at, last_arg = 3, 10 + program_count, #ARGV
+local key_at, arg_at, last_arg = 3, 11 + program_count, #ARGV
 -- scratch of one check, by limit
 local flags, next_a, next_b, next_c = {}, {}, {}, {}
-local left, left_after, wait, reset, over = {}, {}, {}, {}, {}
+local left, left_after, wait, reset, over, used, caps = {}, {}, {}, {}, {}, {}, {}
 
 while arg_at <= last_arg do
   local index = ARGV[arg_at]
   local program = programs[index]
   if not program then
-    program = cjson.decode(ARGV[9 + index])
+    program = cjson.decode(ARGV[10 + index])
     programs[index] = program
   end
   local key = KEYS[key_at]
   local s = subjects[key]
   if not s or s.program ~= program then
     if s then close(s) end -- the same subject under another program: write, then read anew
-    s = open(key, key_at, program, ARGV[arg_at + 1], ARGV[arg_at + 2])
+    local ok
+    ok, s = pcall(open, key, key_at, program, ARGV[arg_at + 1], ARGV[arg_at + 2])
+    -- a state that cannot be read must not take the other subjects of the batch with it
+    if not ok then s = { key = key, program = program, status = BROKEN } end
     if not subjects[key] then order[#order + 1] = key end
     subjects[key] = s
   end
@@ -197,8 +214,9 @@ while arg_at <= last_arg do
     r = r + 1
     reply[r] = s.status
   else
-    local limits, meters, refused, overage = program.limits, s.meters, false, false
+    local limits, meters, refused = program.limits, s.meters, false
     local at = 1
+    for k = 1, #meters do over[k], caps[k] = 0, nil end
     for i = 1, #limits do
       local row = limits[i]
       local kind, full, flag = row[1], false, 0
@@ -214,22 +232,20 @@ while arg_at <= last_arg do
         end
         local limit, before = row[4], source.total
         local after = aggregate(aggregation, before, cost)
-        left[i], left_after[i] = limit - before, limit - after
+        left[i], left_after[i], used[i] = limit - before, limit - after, before
         local t = source.to - now
         wait[i], reset[i] = t, t
+        local m = row[7]
+        if row[6] == OVERAGE_ACTION and row[3] == 1 and m > 0 and limit < (caps[m] or math.huge) then
+          caps[m] = limit
+        end
         if after > limit then
           if row[6] == BLOCK then
             full = true
           elseif row[6] == OVERAGE_ACTION then
             flag = OVERAGE
-            local excess = after - limit
-            if aggregation == 1 and before > limit then excess = cost end
-            local m = row[7]
-            if not overage then
-              overage = true
-              for k = 1, #meters do over[k] = 0 end
-            end
-            if m > 0 and over[m] < excess then over[m] = excess end
+            local excess = before > limit and cost or after - limit
+            if caps[m] and over[m] < excess then over[m] = excess end
           else
             flag = WARNED
           end
@@ -276,7 +292,7 @@ while arg_at <= last_arg do
       if s.durable then s.version = s.version + 1 end
       for k = 1, #meters do
         local row = program.meters[k]
-        charge(meters[k], row[3], row[2], overage and over[k] or 0)
+        charge(meters[k], row[3], row[2], over[k], caps[k])
       end
       for k = 1, #program.calendars do
         local row, c = program.calendars[k], s.counters[k]
@@ -289,7 +305,7 @@ while arg_at <= last_arg do
         local kind = row[1]
         reply[r + 1], reply[r + 2], reply[r + 3] = flag, left_after[i], reset[i]
         if kind == QUOTA then
-          if s.durable then
+          if s.durable and row[3] == 1 then -- a shadow quota tells nobody
             local source = row[5] > 0 and meters[row[5]] or s.counters[-row[5]]
             if source.previous and source.previous > 0 and not (s.reset and s.reset[i]) then
               s.reset = s.reset or {}
@@ -298,7 +314,7 @@ while arg_at <= last_arg do
             end
             local first = row[10][1]
             if first and source.total >= first[2] then
-              cross(s, i, row, source.total, source.from, source.to)
+              cross(s, i, row, used[i], source.total, source.from, source.to)
             end
           end
         elseif flag == REFUSED then

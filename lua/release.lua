@@ -5,7 +5,7 @@
 --
 -- KEYS  n        lease set of the n-th operation
 -- ARGV  2n-1     lease id
---       2n       0 releases; above 0 renews for so many ms, unless the lease is gone
+--       2n       0 releases; above 0 renews for so many ms, unless the lease has expired
 -- Returns the number of leases that were still held.
 
 -- @include includes/clock.lua
@@ -18,7 +18,7 @@ for i, key in ipairs(KEYS) do
   if ms == 0 then
     held = held + redis.call('ZREM', key, lease)
     redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
-  elseif redis.call('ZSCORE', key, lease) then
+  elseif tonumber(redis.call('ZSCORE', key, lease) or 0) > now then
     redis.call('ZADD', key, 'XX', now + ms, lease)
     local ttl = redis.call('PTTL', key) -- keyless subjects have one: it must outlast the lease
     if ttl >= 0 and ttl < ms + MARGIN then redis.call('PEXPIRE', key, ms + MARGIN) end

@@ -17,7 +17,7 @@ local version = redis.call('HGET', key, 'ver')
 if not version then
   -- What the caller brings completes a state that is gone: alone it would start from zero.
   if ARGV[1] ~= '' then return 0 end
-  local set = { 'epoch', ARGV[2], 'ver', ARGV[3], 'dirty', 0 }
+  local set = { 'epoch', ARGV[2], 'ver', ARGV[3] }
   for i = 4, #ARGV do set[#set + 1] = ARGV[i] end
   redis.call('HSET', key, unpack(set))
   return 1

@@ -48,8 +48,10 @@ class Verdict(IntEnum):
 
     ADMIT = 0
     REJECT = 1
-    COLD = 2
-    STALE = 3
+    COLD = 2  # no state, or a calendar counter is missing: seed it and ask again
+    STALE = 3  # outside the bounds given: work them out anew and ask again
+    LATE = 4  # reached Redis after the caller's time-out
+    BROKEN = 5  # a field of the state cannot be read
 
 
 # Flags of one limit's answer, as lua/includes/status.lua numbers them.
@@ -121,7 +123,7 @@ class _Builder:
     def __init__(self, meters: Mapping[str, Meter], costs: Mapping[str, int]) -> None:
         self.meters = meters
         self.costs = {name: cost for name, cost in costs.items() if cost > 0}
-        self.fields = [keyspace.VERSION, keyspace.DIRTY]
+        self.fields = [keyspace.VERSION]
         self.meter_rows: list[list[object]] = []
         self.meter_index: dict[str, int] = {}
         self.calendar_rows: list[list[object]] = []

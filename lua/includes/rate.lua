@@ -22,9 +22,9 @@ local function gcra_open(row, text, now_us)
   if now_us > last then
     backlog = backlog - (now_us - last) * row[5]
     if backlog < 0 then backlog = 0 end
-    last = now_us
   end
-  return last, backlog, period
+  -- Also when the server's clock stepped back: what is owed then drains from the new time on.
+  return now_us, backlog, period
 end
 
 local function gcra(row, last, backlog, period)

@@ -53,17 +53,17 @@ local function open_meter(name, bounds, text, expected, from, to, now)
   return meter
 end
 
-local function charge(meter, kind, cost, excess)
+-- Counts a cost. `excess` is the part of it that is overage (sums), `cap` the limit above which the
+-- meter's value is overage (max and last), or nil.
+local function charge(meter, kind, cost, excess, cap)
   meter.total = aggregate(kind, meter.total, cost)
   meter.hour_total = aggregate(kind, meter.hour_total, cost)
   meter.count = meter.count + 1
-  if excess > 0 then
-    if kind == 1 then
-      meter.over, meter.hour_over = meter.over + excess, meter.hour_over + excess
-    else
-      if excess > meter.over then meter.over = excess end
-      if excess > meter.hour_over then meter.hour_over = excess end
-    end
+  if kind == 1 then
+    meter.over, meter.hour_over = meter.over + excess, meter.hour_over + excess
+  elseif cap then
+    meter.over = meter.total > cap and meter.total - cap or 0
+    meter.hour_over = meter.hour_total > cap and meter.hour_total - cap or 0
   end
 end
 

@@ -110,6 +110,7 @@ class Scripts:
         interval: int = 1,
         leases: Sequence[str] | None = None,
         calendar: Sequence[int] | None = None,
+        deadline: int | None = None,
     ) -> list[Outcome]:
         span = span or billing_period(anchor_ms, interval, self.now_ms)
         keys = [self.keyspace.dirty(0), self.keyspace.events(0)]
@@ -129,6 +130,7 @@ class Scripts:
             *keys,
             len(programs),
             *(calendar or calendar_bounds(self.now_ms)),
+            deadline or 2**52,
             *(program.text for program in programs),
             *arguments,
         )
