@@ -188,7 +188,6 @@ class Gateway:
         runtime = Runtime(new, self.runtime.pools)
         retired = [pool for up, pool in self.runtime.pools.items() if up not in runtime.pools]
         self.runtime = runtime
-        self.cache.forget_periods()  # a plan's interval may have changed
         self._respond = self._responder()
         for pool in retired:
             pool.close()

@@ -65,6 +65,7 @@ class Connection(asyncio.Protocol):
         """
         address = Address(url)
         loop = asyncio.get_running_loop()
+        connection: Connection | None = None
         try:
             async with asyncio.timeout(timeout_s):
                 if address.path:
@@ -79,8 +80,12 @@ class Connection(asyncio.Protocol):
                     await connection.execute("AUTH", *user, address.password)
                 if address.database:
                     await connection.execute("SELECT", address.database)
-        except (OSError, TimeoutError, RedisReplyError) as error:
-            raise StoreUnavailableError(f"Redis: {error or 'timed out'}") from error
+        except BaseException as error:
+            if connection is not None:
+                connection.close()  # not merely dropped: the loop would keep its socket open
+            if isinstance(error, OSError | TimeoutError | RedisReplyError):
+                raise StoreUnavailableError(f"Redis: {error or 'timed out'}") from error
+            raise
         return connection
 
     def execute(self, *args: Arg) -> asyncio.Future[Any]:

@@ -7,7 +7,10 @@ its requests goes upstream.
 
 Failure: a call that is not answered within the time-out fails its whole batch, drops the
 connection (replies are matched by order) and every check after it fails at once, until a
-connection is back. No check ever waits in line for a Redis that does not answer.
+connection is back. No check ever waits in line for a Redis that does not answer. A call carries the
+time until which it is waited for, and the script counts nothing after that: a stalled Redis does
+not charge for what was answered 503 when it wakes up. What remains is a call that ran in time and
+whose answer was lost or late on the way back.
 """
 
 from __future__ import annotations
@@ -30,6 +33,12 @@ _BACKOFF_FIRST_S = 0.02
 _BACKOFF_MAX_S = 1.0
 _CONNECT_TIMEOUT_S = 1.0
 _GRACE_S = 0.002
+# More than this many checks in line means that Redis takes fewer than arrive: refuse at once,
+# rather than let all of them wait.
+_MAX_PENDING = 4_096
+# Errors of a server that will not take writes on this connection: it failed over, is loading, lost
+# its disk or our rights. Another connection may lead to one that does.
+_UNUSABLE = ("READONLY", "LOADING", "MASTERDOWN", "MISCONF", "NOAUTH", "NOPERM", "NOREPLICAS")
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +86,7 @@ class Batcher:
         self._script = script
         self._shard_keys = (dirty_key, events_key)
         self._timeout_s = timeout_s
+        self._timeout_ms = max(1, round(timeout_s * 1000))
         self._max_batch = max_batch
         self._max_in_flight = max_in_flight
         self._on_batch = on_batch
@@ -122,11 +132,17 @@ class Batcher:
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 await connection.execute("SCRIPT", "LOAD", self._script.source)
+                seconds, micros = await connection.execute("TIME")
+                role = await _role(connection)
         except (RedisReplyError, TimeoutError) as error:
             connection.close()
             raise StoreUnavailableError(f"Redis: {error}") from error
+        if role == b"slave":
+            connection.close()
+            raise StoreUnavailableError("Redis: this is a replica, it takes no writes")
         if connection.closed:
             raise StoreUnavailableError("Redis: connection lost")
+        self._tell_time(int(seconds) * 1000 + int(micros) // 1000)
         # Also when nothing is asked: an idle worker that is not ready would never be asked again.
         connection.on_close = self._reconnect
         self._connection = connection
@@ -158,6 +174,9 @@ class Batcher:
         """Our best guess of Redis time. It only picks period boundaries; the script decides."""
         return self._now_ms() + self.clock_offset_ms
 
+    def _tell_time(self, redis_ms: int) -> None:
+        self.clock_offset_ms = redis_ms - self._now_ms()
+
     def submit(
         self,
         program: Program,
@@ -174,6 +193,10 @@ class Batcher:
         if self._connection is None or self._connection.closed:
             self._reconnect()
             future.set_exception(StoreUnavailableError("Redis is not connected"))
+            return future
+        if len(self._pending) >= _MAX_PENDING:
+            self._error("overload")
+            future.set_exception(StoreUnavailableError("Redis takes fewer checks than arrive"))
             return future
         self._pending.append(Check(program, keys, period_start_ms, period_end_ms, lease, future))
         if not self._flush_scheduled and self._in_flight < self._max_in_flight:
@@ -194,7 +217,7 @@ class Batcher:
                 batch = self._take(self._max_batch)
             self._send(batch)
 
-    def _send(self, batch: list[Check]) -> None:
+    def _send(self, batch: list[Check], again: bool = False) -> None:
         connection = self._connection
         if connection is None or connection.closed:
             self._fail(batch, StoreUnavailableError("Redis is not connected"))
@@ -218,17 +241,18 @@ class Batcher:
         started = clock.monotonic()
         self._in_flight += 1
         reply = connection.execute(
-            "EVALSHA",
-            self._script.sha,
+            "EVAL" if again else "EVALSHA",
+            self._script.source if again else self._script.sha,
             len(keys),
             *keys,
             len(texts),
             *calendar,
+            now_ms + self._timeout_ms,
             *texts,
             *arguments,
         )
         timer = self._loop.call_later(self._timeout_s, self._overdue, connection, reply)
-        reply.add_done_callback(lambda done: self._answered(done, batch, started, timer))
+        reply.add_done_callback(lambda done: self._answered(done, batch, started, timer, again))
 
     def _overdue(self, connection: Connection, reply: asyncio.Future[list[int]]) -> None:
         # When this very loop was held up, the answer lies unread in the socket: timers run before
@@ -247,16 +271,22 @@ class Batcher:
         batch: list[Check],
         started: float,
         timer: asyncio.TimerHandle,
+        again: bool,
     ) -> None:
         timer.cancel()
         self._in_flight -= 1
         error = reply.exception()
         if error is not None:
-            self._refused(error, batch)
+            self._refused(error, batch, again)
+        elif reply.result()[1] == Verdict.LATE and not again:
+            # We still waited, so it is our idea of Redis time that was wrong. Nothing was counted.
+            self._error("clock")
+            self._tell_time(reply.result()[0])
+            self._send(batch, again=True)
         else:
             numbers = reply.result()
             now_ms = numbers[0]
-            self.clock_offset_ms = now_ms - self._now_ms()
+            self._tell_time(now_ms)
             self.stats.batches += 1
             self.stats.checks += len(batch)
             if self._on_batch is not None:
@@ -271,18 +301,19 @@ class Batcher:
         if self._pending:
             self._flush()
 
-    def _refused(self, error: BaseException, batch: list[Check]) -> None:
+    def _refused(self, error: BaseException, batch: list[Check], again: bool) -> None:
         connection = self._connection
         if isinstance(error, RedisReplyError) and connection is not None:
-            if str(error).startswith("NOSCRIPT"):
-                # SCRIPT FLUSH or a restart behind a proxy: load it and run the batch again. Nothing
-                # ran, so nothing is counted twice.
+            if str(error).startswith("NOSCRIPT") and not again:
+                # SCRIPT FLUSH, or a restart behind a proxy: run the batch again with the source.
+                # Nothing ran, so nothing is counted twice.
                 self._error("noscript")
-                connection.execute("SCRIPT", "LOAD", self._script.source).add_done_callback(_ignore)
-                self._send(batch)
+                self._send(batch, again=True)
                 return
             self._error("script")
             self._fail(batch, StoreUnavailableError(f"Redis: {error}"))
+            if str(error).startswith(_UNUSABLE):
+                connection.close(str(error))
             return
         self._fail(batch, error)
         if self._pending:
@@ -296,7 +327,11 @@ class Batcher:
                 check.future.set_exception(error)
 
 
-def _ignore(done: asyncio.Future[object]) -> None:
-    """Retrieves an outcome nobody waits for: the command behind it in the pipeline tells."""
-    if not done.cancelled():
-        done.exception()
+async def _role(connection: Connection) -> bytes:
+    """`master` or `slave`, empty where the user may not ask."""
+    try:
+        answer = await connection.execute("ROLE")
+    except RedisReplyError:
+        return b""
+    role: bytes = answer[0]
+    return role

@@ -50,6 +50,10 @@ class Leases:
             self._sweeper = asyncio.create_task(self._sweep())
         return held
 
+    def release_unknown(self, lease: str, keys: tuple[str, ...]) -> None:
+        """Gives back what an admission may have been granted whose answer never came."""
+        self._queue((key, lease, 0) for key in keys)
+
     def release(self, held: Held) -> None:
         """Gives the slots back soon; never waits, never fails."""
         self._held.discard(held)

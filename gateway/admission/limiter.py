@@ -17,9 +17,12 @@ from core.errors import StoreUnavailableError
 from core.keyspace import Keyspace
 from core.period import billing_period
 from core.policy import Concurrency
+from core.telemetry import logs
 from gateway.admission.batcher import Batcher
 from gateway.admission.leases import Held, Leases
 from gateway.answers.verdict import LimitState, Policy
+
+_log = logs.get_logger()
 
 # A subject can be cold, conflict with a concurrent change, and meet a period's end; more than that
 # in one request means that something is wrong, and then it is better to say so than to spin.
@@ -33,6 +36,7 @@ class Metered(Protocol):
     anchor_ms: int
     period_start_ms: int
     period_end_ms: int
+    period_months: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +91,14 @@ class Limiter:
         keys = self._keys(subscription.id, program)
         for _ in range(_MAX_TRIES):
             now_ms = batcher.redis_now_ms()
-            if not subscription.period_start_ms <= now_ms < subscription.period_end_ms:
+            # The interval is part of what is cached: under a configuration that changed it, an
+            # older request may still be under way.
+            if (
+                not subscription.period_start_ms <= now_ms < subscription.period_end_ms
+                or subscription.period_months != admission.interval_months
+            ):
                 self._set_period(admission, subscription, now_ms)
-            numbers = await batcher.submit(
+            numbers = await self._ask(
                 program,
                 keys,
                 subscription.period_start_ms,
@@ -101,8 +110,10 @@ class Limiter:
                 return self._decision(admission, numbers, keys, request_id)
             if status == Verdict.COLD:
                 await self._seeder.seed(subscription.id, keys[0], program.plan_limits, numbers[0])
-            else:
+            elif status == Verdict.STALE:
                 self._set_period(admission, subscription, numbers[0])
+            else:
+                raise _undecided(status, subscription.id)
         raise StoreUnavailableError("the subject's state kept changing; no decision was reached")
 
     async def admit_anonymous(
@@ -115,10 +126,23 @@ class Limiter:
         """
         keys = self._keys(subject, admission.program)
         for _ in range(_MAX_TRIES):
-            numbers = await self._batcher.submit(admission.program, keys, 0, 0, request_id)
+            numbers = await self._ask(admission.program, keys, 0, 0, request_id)
             if numbers[1] <= Verdict.REJECT:
                 return self._decision(admission, numbers, keys, request_id)
+            if numbers[1] != Verdict.STALE:
+                raise _undecided(numbers[1], subject)
         raise StoreUnavailableError("the calendar kept changing; no decision was reached")
+
+    async def _ask(
+        self, program: Program, keys: tuple[str, ...], start_ms: int, end_ms: int, request_id: str
+    ) -> Sequence[int]:
+        try:
+            return await self._batcher.submit(program, keys, start_ms, end_ms, request_id)
+        except BaseException:
+            if program.lease_limits:
+                # It may have been admitted all the same: its slots must not wait for their expiry.
+                self._leases.release_unknown(request_id, keys[1:])
+            raise
 
     def _keys(self, subject: str, program: Program) -> tuple[str, ...]:
         keyspace = self._keyspace
@@ -132,6 +156,7 @@ class Limiter:
         subscription.period_start_ms, subscription.period_end_ms = billing_period(
             subscription.anchor_ms, admission.interval_months, now_ms
         )
+        subscription.period_months = admission.interval_months
 
     def _decision(
         self,
@@ -180,3 +205,10 @@ class Limiter:
             self._on_event("refused" if enforce else "shadow_refused")
         else:
             self._on_event("overage" if flags == OVERAGE else "warned")
+
+
+def _undecided(status: int, subject: str) -> StoreUnavailableError:
+    if status == Verdict.BROKEN:
+        _log.error("state_unreadable", subject=subject)
+        return StoreUnavailableError(f"the state of {subject} cannot be read; delete its hash")
+    return StoreUnavailableError("Redis took longer than the time-out")

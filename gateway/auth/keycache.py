@@ -39,6 +39,7 @@ class Subscription:
         "customer_id",
         "id",
         "period_end_ms",
+        "period_months",
         "period_start_ms",
         "plan",
         "status",
@@ -53,6 +54,7 @@ class Subscription:
         self.creator_id = sys.intern(row.creator_id)
         self.period_start_ms = 0
         self.period_end_ms = 0
+        self.period_months = 0
 
     def matches(self, row: SubscriptionRow) -> bool:
         """Whether `row` says the same."""
@@ -194,11 +196,6 @@ class KeyCache:
     def drop_negatives(self) -> None:
         """Forget what is known to be no key."""
         self._negative.clear()
-
-    def forget_periods(self) -> None:
-        """Have the limiter compute each billing period anew: a plan's interval may have changed."""
-        for entry in self._entries.values():
-            entry.subscription.period_start_ms = entry.subscription.period_end_ms = 0
 
     def digests_of(self, subscription_id: str) -> Iterator[bytes]:
         """The cached digests of a subscription."""

@@ -24,6 +24,7 @@ local function open_meter(name, bounds, text, expected, from, to, now)
   end
   local total, over, hour_total, hour_over, count =
     string.match(text, '^(%d+) (%d+) (%d+) (%d+) (%d+)$')
+  assert(count, 'unreadable meter')
   total, over, count = tonumber(total), tonumber(over), tonumber(count)
   hour_total, hour_over = tonumber(hour_total), tonumber(hour_over)
   local meter = { from = from, to = to, hour = hour, total = total, over = over,

@@ -162,7 +162,7 @@ def test_types_and_layout_of_the_keys(scripts: Scripts) -> None:
     }
     assert sorted(scripts.state("s")) == sorted(
         [
-            "ver", "epoch", "dirty", "p:requests", "m:requests", "q:requests:day",
+            "ver", "epoch", "p:requests", "m:requests", "q:requests:day",
             "r:rate", "w:fixed", "s:sliding", "t:monthly",
         ]
     )  # fmt: skip
@@ -198,7 +198,7 @@ def test_at_the_last_and_the_first_millisecond_of_a_day(scripts: Scripts) -> Non
 def test_seed_never_lowers(scripts: Scripts) -> None:
     assert scripts.seed("s", {"m:requests": "5 0 5 0 0"}, epoch=3, version=7) == 1
     assert scripts.state("s") == {
-        "epoch": "3", "ver": "7", "dirty": "0", "m:requests": "5 0 5 0 0",
+        "epoch": "3", "ver": "7", "m:requests": "5 0 5 0 0",
     }  # fmt: skip
     # another seeder of the same cold subject, late
     assert scripts.seed("s", {"m:requests": "1 0 1 0 0"}, epoch=4, version=9) == 0

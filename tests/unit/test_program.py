@@ -61,7 +61,7 @@ def test_limits_that_the_costs_do_not_touch_are_left_out() -> None:
     assert (program.lease_limits, program.answer_size, program.durable) == (("slots",), 16, True)
     text = text_of(program)
     assert text["fields"] == [
-        "ver", "dirty", "p:requests", "m:requests", "q:requests:day", "r:rate", "s:sliding",
+        "ver", "p:requests", "m:requests", "q:requests:day", "r:rate", "s:sliding",
     ]  # fmt: skip
     assert text["meters"] == [["requests", 2, 1, 3]]
     assert text["calendars"] == [["q:requests:day", 1, 1, 2, 1, 5]]

@@ -103,17 +103,80 @@ def test_a_lost_script_is_loaded_and_nothing_counts_twice(
     run(any_redis_url, database, check, max_batch=50, max_in_flight=4)
 
 
-def test_an_error_of_the_script_fails_its_batch_alone(valkey: str, database: str) -> None:
+def test_a_state_that_cannot_be_read_fails_alone(valkey: str, database: str) -> None:
     async def check(s: Stack) -> None:
         await seed(s)
+        await seed(s, "garbled")
         scripts = Scripts(valkey, controlled=False)
         scripts.redis.set(s.keyspace.state("odd"), "not a hash")
-        with pytest.raises(StoreUnavailableError, match="WRONGTYPE"):
-            await submit(s, "odd")
-        assert s.batcher.connected
-        assert (await submit(s))[1] == Verdict.ADMIT
+        await submit(s, "garbled")
+        scripts.redis.hset(s.keyspace.state("garbled"), "m:requests", "what?")
+        before = scripts.state("garbled")
+        answers = await asyncio.gather(submit(s), submit(s, "odd"), submit(s, "garbled"), submit(s))
+        verdicts = [numbers[1] for numbers in answers]
+        assert verdicts == [Verdict.ADMIT, Verdict.BROKEN, Verdict.BROKEN, Verdict.ADMIT]
+        assert s.batcher.stats.batches <= 3, "one batch, or the test shows nothing"
+        assert scripts.state("garbled") == before
+        assert scripts.redis.get(s.keyspace.state("odd")) == "not a hash"
 
     run(valkey, database, check)
+
+
+def test_a_call_that_waited_in_a_stalled_server_counts_nothing(
+    server_dir: Path, database: str
+) -> None:
+    with EmbeddedValkey(server_dir / "v") as server:
+
+        async def check(s: Stack) -> None:
+            await seed(s)
+            assert (await submit(s))[1] == Verdict.ADMIT
+            assert server.pid is not None
+            os.kill(server.pid, signal.SIGSTOP)
+            try:
+                with pytest.raises(StoreUnavailableError):
+                    await submit(s)
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+            await wait_until_async(lambda: s.batcher.connected, what="connected again")
+            assert (await submit(s))[1] == Verdict.ADMIT
+            assert await count(s) == 2
+
+        run(server.url, database, check)
+
+
+def test_a_wrong_idea_of_redis_time_costs_a_second_call_and_no_count(
+    valkey: str, database: str
+) -> None:
+    async def check(s: Stack) -> None:
+        await seed(s)
+        # ten seconds: seldom another day
+        s.batcher.clock_offset_ms = -10_000
+        numbers = await submit(s)
+        assert numbers[1] == Verdict.ADMIT
+        assert abs(s.batcher.clock_offset_ms) < 5_000
+        assert await count(s) == 1
+        assert s.batcher.stats.errors["clock"] == 1
+
+    run(valkey, database, check)
+
+
+def test_a_server_that_became_a_replica_is_left_and_found_again(
+    server_dir: Path, database: str
+) -> None:
+    with EmbeddedValkey(server_dir / "v") as server:
+
+        async def check(s: Stack) -> None:
+            await seed(s)
+            control = Scripts(server.url, controlled=False).redis
+            control.execute_command("REPLICAOF", "127.0.0.1", "1")
+            with pytest.raises(StoreUnavailableError):
+                await submit(s)
+            assert not s.batcher.connected, "still ready for what cannot be served"
+            control.execute_command("REPLICAOF", "NO", "ONE")
+            await wait_until_async(lambda: s.batcher.connected, what="connected again")
+            assert (await submit(s))[1] == Verdict.ADMIT
+
+        run(server.url, database, check)
 
 
 def test_whoever_stopped_waiting_disturbs_nobody(valkey: str, database: str) -> None:
