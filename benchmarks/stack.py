@@ -23,11 +23,10 @@ PEPPER = "benchmark-pepper-of-no-value-elsewhere"
 
 # High enough that nothing is refused: what is measured is the cost of deciding.
 CONFIG = """
-redis: {{url: "${{TALLYGATE_REDIS_URL}}"}}
+# A shared machine's disk may stall for longer than the default of 50 ms.
+redis: {{url: "${{TALLYGATE_REDIS_URL}}", timeout: 2s}}
 postgres: {{url: "${{TALLYGATE_POSTGRES_URL}}"}}
 secrets: {{key_pepper: "${{TALLYGATE_KEY_PEPPER}}"}}
-# A shared machine's disk may stall for longer than the default of 50 ms.
-gateway: {{admission: {{timeout: 2s}}}}
 telemetry: {{metrics_dir: "${{TALLYGATE_METRICS_DIR}}"}}
 upstreams:
   stub: {{urls: ["http://127.0.0.1:{upstream}"]}}

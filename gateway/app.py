@@ -11,9 +11,9 @@ import orjson
 
 from core import clock
 from core.admission.seeder import Seeder
-from core.config import ConfigWatcher, Snapshot, restart_needed
+from core.config import ConfigWatcher, Snapshot, plans_removed, restart_needed
 from core.db import Database, connect_pool
-from core.errors import ConfigError, TallygateError
+from core.errors import ConfigError
 from core.keyspace import Keyspace
 from core.redis.scripts import load
 from core.redis.store import Store
@@ -24,9 +24,11 @@ from core.telemetry.metrics import Metrics, setup
 from gateway.admission.batcher import Batcher
 from gateway.admission.leases import Leases
 from gateway.admission.limiter import Limiter
+from gateway.answers.headers import SERVER
 from gateway.auth import Authenticator, KeyCache, KeyExtractor, KeyLoader
 from gateway.responder import Receive, Responder, Scope, Send
 from gateway.runtime import Runtime
+from gateway.settings import required
 
 _log = logs.get_logger()
 
@@ -43,18 +45,8 @@ class Gateway:
 
     def __init__(self, path: Path, snapshot: Snapshot) -> None:
         settings = snapshot.settings
-        self._redis_url = _required(settings.redis.url, "redis.url", "TALLYGATE_REDIS_URL")
-        self._postgres_url = _required(
-            settings.postgres.url, "postgres.url", "TALLYGATE_POSTGRES_URL"
-        )
-        pepper = settings.secrets.key_pepper
-        self._hasher = KeyHasher(
-            _required(
-                pepper.get_secret_value() if pepper else None,
-                "secrets.key_pepper",
-                "TALLYGATE_KEY_PEPPER",
-            )
-        )
+        self._redis_url, self._postgres_url, pepper = required(snapshot)
+        self._hasher = KeyHasher(pepper)
         self.metrics: Metrics = setup(settings.telemetry.metrics_dir, "gateway")
         self.local = LocalMetrics(self.metrics)
         self.config = ConfigWatcher(
@@ -91,7 +83,7 @@ class Gateway:
             load("admit"),
             self._keyspace.dirty(0),
             self._keyspace.events(0),
-            timeout_s=admission.timeout_ms / 1000,
+            timeout_s=settings.redis.timeout_ms / 1000,
             max_batch=admission.max_batch,
             max_in_flight=admission.max_in_flight,
             on_batch=self._on_batch,
@@ -107,7 +99,7 @@ class Gateway:
             self._keyspace,
             on_event=self.local.limit_events.inc,
         )
-        self._respond = self._responder()
+        self._respond = self._responder(self.runtime)
         self.local.start(loop)
         self.metrics.config_applied(self.config.current.digest)
         self._tasks.append(asyncio.create_task(self.config.run(), name="config-watcher"))
@@ -130,8 +122,8 @@ class Gateway:
         await self._database.close()
         self.local.stop()
 
-    def _responder(self) -> Responder:
-        key = self.config.current.settings.gateway.key
+    def _responder(self, runtime: Runtime) -> Responder:
+        key = runtime.snapshot.settings.gateway.key
         authenticator = Authenticator(
             extractor=KeyExtractor(key.headers, key.query),
             hasher=self._hasher,
@@ -139,7 +131,7 @@ class Gateway:
             loader=self._loader,
             clock=clock.now_ms,
         )
-        return Responder(self.runtime, authenticator, self._limiter, self._leases, self.local)
+        return Responder(runtime, authenticator, self._limiter, self._leases, self.local)
 
     # ASGI
 
@@ -168,6 +160,7 @@ class Gateway:
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
             (b"cache-control", b"no-store"),
+            SERVER,
         ]
         await send(
             {"type": "http.response.start", "status": 200 if ready else 503, "headers": headers}
@@ -185,28 +178,29 @@ class Gateway:
             self.metrics.postgres_errors.inc()
 
     def _reloaded(self, old: Snapshot, new: Snapshot) -> None:
+        # Whatever can fail comes before the first change: what raises here refuses the reload, and
+        # the old configuration must then be in force everywhere.
         runtime = Runtime(new, self.runtime.pools)
+        respond = self._responder(runtime)
         retired = [pool for up, pool in self.runtime.pools.items() if up not in runtime.pools]
-        self.runtime = runtime
-        self._respond = self._responder()
+        removed = plans_removed(old, new)
+        self.metrics.config_applied(new.digest)
+        self.runtime, self._respond = runtime, respond
         for pool in retired:
             pool.close()
-        self.metrics.config_applied(new.digest)
         logs.configure(new.settings.log.level, new.settings.log.format, "gateway")
-        _log.info("config_applied", digest=new.digest[:12], restart_needed=restart_needed(old, new))
+        # Taking a plan out is allowed, but whoever is still subscribed to it is refused from now on.
+        log = _log.warning if removed else _log.info
+        log(
+            "config_applied",
+            digest=new.digest[:12],
+            restart_needed=restart_needed(old, new),
+            plans_removed=removed,
+        )
 
     def _refused(self, error: ConfigError) -> None:
         self.metrics.config_refused()
         _log.error("config_refused", source=error.source, problems=error.problems)
-
-
-def _required(value: str | None, name: str, variable: str) -> str:
-    if not value:
-        raise TallygateError(
-            f"{name}: not set: give it in the configuration or set {variable}; "
-            "`tallygate up` provides it by itself"
-        )
-    return value
 
 
 __all__ = ["HEALTH_PATH", "READY_PATH", "Gateway"]

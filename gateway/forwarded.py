@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -17,6 +18,9 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Peers whose verdict is remembered; proxies are few, and when strangers fill it, it starts again.
 _CACHE_SIZE: Final = 4096
+
+# Bits of an IPv6 address that name a customer's network (RFC 6177): the rest is theirs to choose.
+_CUSTOMER_BITS: Final = 64
 
 _FOR = re.compile(rb'(?:^|;)\s*for\s*=\s*("[^"]*"|[^;\s]+)', re.IGNORECASE)
 
@@ -72,6 +76,23 @@ class TrustedProxies:
             if not self.trusts(client):
                 return client
         return client
+
+
+def client_group(address: str) -> str:
+    """What an address without a key is counted under: the IPv4 address, or the IPv6 /64.
+
+    A customer owns all 2**64 addresses of a /64, so counting each would count none. IPv4 mapped
+    into IPv6 is counted as IPv4. Text that is no address is its own group.
+    """
+    return _group(address) if ":" in address else address
+
+
+@lru_cache(maxsize=_CACHE_SIZE)
+def _group(address: str) -> str:
+    parsed = _parse(address)
+    if not isinstance(parsed, ipaddress.IPv6Address):
+        return address if parsed is None else str(parsed)
+    return str(ipaddress.IPv6Network((int(parsed), _CUSTOMER_BITS), strict=False))
 
 
 def _claims(headers: Iterable[tuple[bytes, bytes]]) -> list[str]:

@@ -18,11 +18,19 @@ from core.telemetry.local import LocalMetrics
 from gateway.admission.leases import Leases
 from gateway.admission.limiter import Decision, Limiter
 from gateway.answers import problems
+from gateway.answers.headers import SERVER
 from gateway.answers.problems import Problem
 from gateway.auth import Authenticator
 from gateway.auth import Outcome as Auth
 from gateway.auth.keycache import Subscription
-from gateway.proxy.errors import BadRequest, ClientDisconnected, ProxyError
+from gateway.forwarded import client_group
+from gateway.proxy.errors import (
+    BadRequest,
+    ClientDisconnected,
+    PoolExhausted,
+    ProxyError,
+    RequestTimeout,
+)
 from gateway.proxy.relay import Outcome, RelayResult, relay
 from gateway.proxy.request import RequestHead
 from gateway.runtime import PlanOnRoute, RouteRuntime, Runtime
@@ -33,6 +41,8 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 # What a client is told when no decision can be had: short, since a restart of Redis is.
 _OUTAGE_RETRY_S = 1
+# And when its upstream has no connection free: it waited for one already.
+_BUSY_RETRY_S = 1
 
 
 class Refusal(Exception):
@@ -84,7 +94,7 @@ class Responder:
                 on_route = route.anonymous
                 plan_name = on_route.plan.name
                 head = self._head(route, None, scope, request_id)
-                client = self.runtime.trusted.client_ip(scope)
+                client = client_group(self.runtime.trusted.client_ip(scope))
                 subject = f"ip:{plan_name}:{client}"
                 started = clock.monotonic()
                 decision = await self._limiter.admit_anonymous(
@@ -109,6 +119,7 @@ class Responder:
                 head=head,
                 extra_response_headers=limit_headers,
                 drop_response_headers=self.runtime.drop_response_headers,
+                default_response_header=SERVER,
             )
             outcome = self._relayed(result, route, decision)
         except Refusal as refusal:
@@ -121,18 +132,27 @@ class Responder:
             await self._answer(problem, scope, send, request_id)
         except ClientDisconnected:
             outcome = "client_gone"
+        except (BadRequest, RequestTimeout) as error:
+            outcome = "bad_request"
+            problem = _client_error(error, request_id)
+            await self._refuse(
+                Refusal(problem, outcome, error.code),
+                scope, send, subject, route_name, plan_name, request_id,
+            )  # fmt: skip
         except ProxyError as error:
-            outcome = await self._upstream_failed(error, route, scope, send, request_id)
+            outcome = "upstream_error"
+            await self._upstream_failed(error, route, scope, send, request_id)
         except Exception:
             logs.get_logger().exception("request_failed", request_id=request_id, route=route_name)
             await self._answer(
                 problems.internal_error(request_id=request_id), scope, send, request_id
             )
         finally:
-            metrics.in_flight -= 1
-            metrics.record(route_name, plan_name, outcome)
+            # First of all: a slot that stays taken would refuse others.
             if decision is not None and decision.held is not None:
                 self._leases.release(decision.held)
+            metrics.in_flight -= 1
+            metrics.record(route_name, plan_name, outcome)
             if self._access_log:
                 logs.get_logger().info(
                     "request",
@@ -155,7 +175,7 @@ class Responder:
                 "The path contains `.` or `..` segments; send the resolved path.",
                 request_id=request_id,
             )
-            raise Refusal(problem, "unrouted", "dot-segments")
+            raise Refusal(problem, "bad_request", "dot-segments")
         runtime = self.runtime
         host = _host(scope) if runtime.match_host else ""
         route = runtime.router.match(path, scope["method"], host)
@@ -217,8 +237,8 @@ class Responder:
         try:
             return route.rules(source).head(scope, request_id.encode())
         except BadRequest as error:
-            problem = problems.bad_request(str(error), request_id=request_id)
-            raise Refusal(problem, "error", "bad-request") from None
+            problem = _client_error(error, request_id)
+            raise Refusal(problem, "bad_request", error.code) from None
 
     @staticmethod
     def _limited(
@@ -244,6 +264,8 @@ class Responder:
             return "overage" if decision.overage else "admitted"
         if result.outcome is Outcome.CLIENT_GONE:
             return "client_gone"
+        if isinstance(result.error, BadRequest | RequestTimeout):
+            return "bad_request"  # its body went wrong after the answer had begun
         self._metrics.upstream_errors.inc(upstream, result.error.code if result.error else "broken")
         return "upstream_error"
 
@@ -270,7 +292,7 @@ class Responder:
 
     async def _upstream_failed(
         self, error: ProxyError, route: RouteRuntime, scope: Scope, send: Send, request_id: str
-    ) -> str:
+    ) -> None:
         upstream = route.pool.upstream
         self._metrics.upstream_errors.inc(upstream.name, error.code)
         logs.get_logger().warning(
@@ -280,23 +302,26 @@ class Responder:
             reason=str(error),
             request_id=request_id,
         )
-        if isinstance(error, BadRequest):
-            problem = problems.bad_request(str(error), request_id=request_id)
-        elif error.status == 504:
+        if error.status == 504:
             problem = problems.gateway_timeout(upstream.response_timeout_ms, request_id=request_id)
-        elif error.status == 503:
-            problem = problems.temporary_reduced_capacity(_OUTAGE_RETRY_S, request_id=request_id)
+        elif isinstance(error, PoolExhausted):
+            problem = problems.upstream_busy(_BUSY_RETRY_S, request_id=request_id)
         else:
             problem = problems.bad_gateway(request_id=request_id)
         await self._answer(problem, scope, send, request_id)
-        return "upstream_error"
 
     @staticmethod
     async def _answer(problem: Problem, scope: Scope, send: Send, request_id: str) -> None:
-        headers = [*problem.headers, (b"x-request-id", request_id.encode())]
+        headers = [*problem.headers, (b"x-request-id", request_id.encode()), SERVER]
         await send({"type": "http.response.start", "status": problem.status, "headers": headers})
         body = b"" if scope["method"] == "HEAD" else problem.body
         await send({"type": "http.response.body", "body": body})
+
+
+def _client_error(error: BadRequest | RequestTimeout, request_id: str) -> Problem:
+    if isinstance(error, RequestTimeout):
+        return problems.request_timeout(request_id=request_id)
+    return problems.bad_request(str(error), request_id=request_id)
 
 
 def _host(scope: Scope) -> str:

@@ -32,18 +32,26 @@ from core.policy import (
     DEFAULT_STATUS_RULE,
     MAX_EXACT,
     REQUESTS,
+    Action,
+    Aggregation,
     Concurrency,
     FixedWindow,
     Gcra,
     Limit,
     Meter,
     MeterPrice,
+    PeriodKind,
     Plan,
     Price,
     Quota,
     SlidingWindow,
     Upstream,
 )
+
+
+# A client address is no customer, and what it counts lives in Redis as long as its longest limit.
+KEYLESS_WINDOW_MS = 7 * 86_400_000
+_KEYLESS_PERIODS = (PeriodKind.DAY, PeriodKind.WEEK)
 
 
 @cache
@@ -193,6 +201,31 @@ class Plans:
             return self._quota(path, name, spec)
         return self._concurrency(name, spec)
 
+    def check_keyless(self, name: str, route: str) -> None:
+        """Report what a plan cannot have because a keyless route gives it to client addresses.
+
+        `route` says which. A limit that is not sound is left out: its own problem is reported.
+        """
+        plan = self.compiled.get(name)
+        for limit in plan.limits if plan is not None else ():
+            path: Path = ("plans", name, "limits", limit.name)
+            where = f"on {route}, which is keyless, each client address is counted"
+            if isinstance(limit, Quota):
+                if limit.period not in _KEYLESS_PERIODS:
+                    self._problems.add(
+                        (*path, "period"), f"too long: {where} in Redis alone; use day or week"
+                    )
+                if limit.action is Action.OVERAGE:
+                    self._problems.add(
+                        (*path, "action"),
+                        f"nobody to bill: {where} and has no customer; use block or warn",
+                    )
+            elif isinstance(limit, FixedWindow | SlidingWindow):
+                if limit.window_ms > KEYLESS_WINDOW_MS:
+                    self._problems.add(
+                        (*path, "window"), f"too long: {where} in Redis alone; use 1w or less"
+                    )
+
     def _exact(self, path: Path, product: int, what: str) -> bool:
         # The scripts form these products in doubles, which are exact only below 2**53.
         if product < MAX_EXACT:
@@ -200,7 +233,21 @@ class Plans:
         self._problems.add(path, f"too large to be counted exactly: {what} must be < {MAX_EXACT}")
         return False
 
+    def _countable(self, path: Path, meter: str) -> bool:
+        # A rate and a window add costs up, which the total of such a meter does not.
+        known = self._meters.compiled.get(meter)
+        if known is None or known.aggregation is Aggregation.SUM:
+            return True
+        self._problems.add(
+            (*path, "meter"),
+            f"a rate or a window adds up, and this meter keeps the {known.aggregation} value; "
+            "write a limit of the form {period, limit}, or name a meter with aggregation sum",
+        )
+        return False
+
     def _gcra(self, path: Path, name: str, spec: RateLimit) -> Gcra | None:
+        if not self._countable(path, spec.meter):
+            return None
         count, period_us = spec.rate
         rate = self._meters.scale((*path, "rate"), spec.meter, Decimal(count))
         given = Decimal(count) if spec.burst is None else spec.burst
@@ -221,6 +268,8 @@ class Plans:
     def _window(
         self, path: Path, name: str, spec: WindowLimit
     ) -> FixedWindow | SlidingWindow | None:
+        if not self._countable(path, spec.meter):
+            return None
         limit = self._meters.scale((*path, "limit"), spec.meter, spec.limit)
         if limit is None:
             return None

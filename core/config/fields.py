@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -143,16 +143,24 @@ def parse_upstream_url(value: object) -> str:
     return text.removesuffix("/")
 
 
-def store_url(*schemes: str) -> Callable[[object], str | None]:
-    """A validator for a store's URL; empty text is unset. Its messages never hold the URL."""
+def store_url(schemes: Mapping[str, str]) -> Callable[[object], str | None]:
+    """A validator for a store's URL; empty text is unset. Its messages never hold the URL.
+
+    `schemes` maps each accepted scheme to the one that the result begins with.
+    """
 
     def parse(value: object) -> str | None:
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
-        if not isinstance(value, str) or value.strip().partition("://")[0] not in schemes:
-            accepted = ", ".join(f"{scheme}://" for scheme in schemes)
-            raise UnitError("(hidden)", f"not a URL of this store; it starts with {accepted}")
-        return value.strip()
+        scheme, found, rest = value.strip().partition("://") if isinstance(value, str) else [""] * 3
+        if found and scheme in schemes:
+            return f"{schemes[scheme]}://{rest}"
+        kind = scheme.partition("+")[2] if found else ""
+        if kind in ("cluster", "sentinel"):
+            reason = f"{kind} URLs are not supported yet; write that of one server, such as "
+            raise UnitError("(hidden)", reason + "redis://host:6379/0")
+        accepted = ", ".join(f"{scheme}://" for scheme in schemes)
+        raise UnitError("(hidden)", f"not a URL of this store; it starts with {accepted}")
 
     return parse
 

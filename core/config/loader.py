@@ -67,9 +67,7 @@ def loads(text: str, source: str = "config.yaml", env: Mapping[str, str] | None 
     meters = Meters(doc.data, problems)
     upstreams = compile_upstreams(doc.data)
     plans = Plans(doc.data, meters, problems)
-    routes = compile_routes(
-        doc.data, set(mapping(doc.data, "upstreams")), meters, plans.known, problems
-    )
+    routes = compile_routes(doc.data, set(mapping(doc.data, "upstreams")), meters, plans, problems)
     _check_addresses(doc.data, problems)
     if problems or settings is None:
         raise ConfigError(source, problems.lines())

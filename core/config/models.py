@@ -30,16 +30,15 @@ from core.config.fields import (
     store_url,
 )
 
-REDIS_SCHEMES = (
-    "redis",
-    "rediss",
-    "unix",
-    "redis+cluster",
-    "rediss+cluster",
-    "redis+sentinel",
-    "rediss+sentinel",
-)
-POSTGRES_SCHEMES = ("postgresql", "postgres")
+# What each accepted scheme becomes: one name a meaning, for every driver behind.
+REDIS_SCHEMES = {
+    "redis": "redis",
+    "rediss": "rediss",
+    "unix": "unix",
+    "valkey": "redis",
+    "valkeys": "rediss",
+}
+POSTGRES_SCHEMES = {"postgresql": "postgresql", "postgres": "postgres"}
 
 
 class KeySettings(Section):
@@ -75,9 +74,6 @@ class HeaderSettings(Section):
 class AdmissionSettings(Section):
     """How checks travel to Redis."""
 
-    timeout_ms: DurationMs = duration(
-        "50ms", "timeout", "A check that takes longer counts as an outage."
-    )
     max_batch: Count = preset(128, 128, None, "Checks sent in one script call at most.")
     max_in_flight: Count = preset(2, 2, None, "Script calls on their way at once, a worker.")
 
@@ -133,18 +129,21 @@ class ReconcilerSettings(Section):
 class RedisSettings(Section):
     """Redis or Valkey: the live counters."""
 
-    url: Annotated[str | None, BeforeValidator(store_url(*REDIS_SCHEMES))] = Field(
+    url: Annotated[str | None, BeforeValidator(store_url(REDIS_SCHEMES))] = Field(
         default=None,
         repr=False,  # may hold a password
-        description="redis://, rediss:// or unix:// URL; unset, `tallygate up` embeds a server.",
+        description="redis://, rediss:// or unix:// URL of one server (valkey:// and valkeys:// work "
+        "too); unset, `tallygate up` embeds one.",
     )
-    timeout_ms: DurationMs = duration("50ms", "timeout", "Longest wait for one answer.")
+    timeout_ms: DurationMs = duration(
+        "50ms", "timeout", "A check that takes longer counts as an outage: 503."
+    )
 
 
 class PostgresSettings(Section):
     """Postgres: the system of record."""
 
-    url: Annotated[str | None, BeforeValidator(store_url(*POSTGRES_SCHEMES))] = Field(
+    url: Annotated[str | None, BeforeValidator(store_url(POSTGRES_SCHEMES))] = Field(
         default=None,
         repr=False,  # may hold a password
         description="postgresql:// URL; unset, `tallygate up` embeds a server.",

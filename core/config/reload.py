@@ -16,7 +16,7 @@ from pathlib import Path
 
 from core.config.loader import load
 from core.config.snapshot import Snapshot
-from core.errors import ConfigError
+from core.errors import ConfigError, TallygateError
 
 _log = logging.getLogger(__name__)
 
@@ -24,14 +24,24 @@ _log = logging.getLogger(__name__)
 Signature = tuple[int, int, int, int] | None
 _NEVER = (-1, -1, -1, -1)  # what no stat answers
 
-# Read once at start by the process that owns the socket, pool, hash or directory behind them.
+# Read once at start by the process that owns the socket, pool, hash, cache or directory behind
+# them. Attribute paths: a duration's ends in _ms, which its key in the file does not.
 RESTART_SETTINGS = (
     "gateway.listen",
     "gateway.workers",
+    "gateway.key_cache.size",
+    "gateway.key_cache.ttl_ms",
+    "gateway.key_cache.negative_ttl_ms",
+    "gateway.admission.max_batch",
+    "gateway.admission.max_in_flight",
+    "gateway.drain_ms",
     "control.listen",
+    "reconciler.batch",
     "redis.url",
+    "redis.timeout_ms",
     "postgres.url",
     "postgres.pool",
+    "postgres.timeout_ms",
     "secrets.key_pepper",
     "telemetry.metrics_dir",
 )
@@ -44,14 +54,47 @@ def restart_needed(old: Snapshot, new: Snapshot) -> list[str]:
         settings: object = snapshot.settings
         return reduce(getattr, path.split("."), settings)
 
-    return [path for path in RESTART_SETTINGS if value(old, path) != value(new, path)]
+    return [
+        path.removesuffix("_ms")
+        for path in RESTART_SETTINGS
+        if value(old, path) != value(new, path)
+    ]
+
+
+def meter_changes(old: Snapshot, new: Snapshot) -> list[str]:
+    """Why `new` cannot follow `old`: a meter that both have counts in another way; or nothing.
+
+    Live counters and the ledger are in the meter's smallest unit, and hold what its aggregation
+    made of them: neither can be read in another way.
+    """
+    problems = []
+    for name, meter in new.meters.items():
+        before = old.meters.get(name)
+        if before is None:
+            continue
+        for field in ("aggregation", "decimals"):
+            was, now = getattr(before, field), getattr(meter, field)
+            if was != now:
+                why = "are in its smallest unit" if field == "decimals" else f"hold its {was}"
+                problems.append(
+                    f"meters.{name}.{field}: {now}: it was {was}, and live counters {why}: "
+                    "declare a new meter"
+                )
+    return problems
+
+
+def plans_removed(old: Snapshot, new: Snapshot) -> list[str]:
+    """Plans that `new` lacks; subscriptions that still name one are refused (403)."""
+    return sorted(old.plans.keys() - new.plans.keys())
 
 
 class ConfigWatcher:
     """Holds the snapshot in force. `current` is a plain attribute: reading it is the whole cost.
 
-    `on_reload(old, new)` is called after a swap, `on_refused(error)` after a file was refused;
-    both on the thread of `run` or `reload`. What they raise is logged and does not stop watching.
+    `on_reload(old, new)` is called before a swap and may refuse it by raising, so it must either
+    take over all of `new` or raise and leave everything as it was. `on_refused(error)` is called
+    after a file was refused, by whomever; what it raises is logged. Both are called on the thread
+    of `run` or `reload`, and neither stops the watching.
     """
 
     def __init__(
@@ -124,15 +167,33 @@ class ConfigWatcher:
             return ConfigError(str(self._path), [f"cannot be loaded: {type(error).__name__}"])
 
     def _apply(self, result: Snapshot | ConfigError) -> bool:
-        self._refused = isinstance(result, ConfigError)
-        try:
-            if isinstance(result, ConfigError):
-                if self._on_refused is not None:
-                    self._on_refused(result)
-                return False
-            old, self.current = self.current, result
-            if self._on_reload is not None:
-                self._on_reload(old, result)
-        except Exception:
-            _log.exception("a callback for %s failed", self._path)
-        return not self._refused
+        refusal = result if isinstance(result, ConfigError) else self._take(result)
+        self._refused = refusal is not None
+        if refusal is None:
+            return True
+        if self._on_refused is not None:
+            try:
+                self._on_refused(refusal)
+            except Exception:
+                _log.exception("reporting the refusal of %s failed", self._path)
+        return False
+
+    def _take(self, new: Snapshot) -> ConfigError | None:
+        """Swaps `new` in unless it cannot follow the one in force; then why."""
+        old = self.current
+        changes = meter_changes(old, new)
+        if changes:
+            return ConfigError(new.source, changes)
+        if self._on_reload is not None:
+            try:
+                self._on_reload(old, new)
+            except ConfigError as error:
+                return error
+            except TallygateError as error:
+                return ConfigError(new.source, [f"cannot be applied: {error}"])
+            except Exception as error:
+                _log.exception("applying %s failed", self._path)
+                reason = f"{type(error).__name__}: {error}"
+                return ConfigError(new.source, [f"cannot be applied: {reason}"])
+        self.current = new
+        return None

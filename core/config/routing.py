@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.config.catalog import MatchSpec, RouteSpec
-from core.config.compile import Meters, attempt, mapping
+from core.config.compile import Meters, Plans, attempt, mapping
 from core.config.document import Path
-from core.config.problems import Problems, did_you_mean
+from core.config.problems import Problems, did_you_mean, dotted
 from core.policy import Route
 
 _LONGEST_NAME = 63
@@ -43,10 +43,10 @@ def compile_routes(
     data: Mapping[str, Any],
     upstreams: set[str],
     meters: Meters,
-    plans: set[str],
+    plans: Plans,
     problems: Problems,
 ) -> tuple[Route, ...]:
-    """The sound routes, in match order. `upstreams` and `plans` are the names in the file."""
+    """The sound routes, in match order. `upstreams` are the names in the file."""
     raw_routes = data.get("routes")
     if not isinstance(raw_routes, list):
         return ()
@@ -82,7 +82,7 @@ def _refer(
     raw: Mapping[str, Any],
     upstreams: set[str],
     meters: Meters,
-    plans: set[str],
+    plans: Plans,
     problems: Problems,
 ) -> None:
     upstream, plan = raw.get("upstream"), raw.get("plan")
@@ -99,9 +99,11 @@ def _refer(
             (*path, "plan"),
             "a key brings its own plan; remove this, or write keyless: true",
         )
-    elif isinstance(plan, str) and plan not in plans:
-        hint = did_you_mean(plan, plans)
+    elif isinstance(plan, str) and plan not in plans.known:
+        hint = did_you_mean(plan, plans.known)
         problems.add((*path, "plan"), f"unknown plan; declare it under plans{hint}")
+    elif isinstance(plan, str):
+        plans.check_keyless(plan, dotted(path))
 
 
 def _reachable(

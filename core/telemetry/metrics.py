@@ -70,8 +70,9 @@ class Metrics:
         self.requests = _counter(
             "requests_total",
             "Requests answered, by outcome: admitted, overage, limited (429), unauthorized (401), "
-            "payment (402), forbidden (403), unrouted (404, 405), outage (503 of ours), "
-            "upstream_error (502, 504 of ours), client_gone, error (500 of ours).",
+            "payment (402), forbidden (403), unrouted (404, 405), bad_request (400, 408 of ours), "
+            "outage (503: no decision), upstream_error (502, 503, 504 of ours), client_gone, "
+            "error (500 of ours).",
             "route", "plan", "outcome",
         )  # fmt: skip
         self.requests_in_flight = _gauge(

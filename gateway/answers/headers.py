@@ -29,6 +29,9 @@ from gateway.answers.verdict import CONCURRENT_UNIT, REQUESTS_UNIT, LimitState, 
 
 Headers = list[tuple[bytes, bytes]]
 
+# Who answered, where the upstream does not say; without it the HTTP server would name itself.
+SERVER = (b"server", b"tallygate")
+
 _TOKEN = re.compile(r"[A-Za-z*][!#$%&'*+.^_`|~0-9A-Za-z:/-]*")
 _STRING = re.compile(r"[\x20-\x7e]*")
 # RFC 9651 Integers have at most 15 digits.

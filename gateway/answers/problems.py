@@ -81,11 +81,24 @@ def temporary_reduced_capacity(
         503,
         IANA_BASE + "temporary-reduced-capacity",
         "Request cannot be satisfied due to temporary server capacity constraints",
-        "Quota cannot be checked at the moment, so the request was not served and not counted. "
+        "Quota cannot be checked at the moment, so the request was not served. "
         f"Try again in {_duration(seconds)}.",
         request_id,
         [(b"retry-after", b"%d" % seconds)],
         {"violated-policies": list(policies)},
+    )
+
+
+def upstream_busy(retry_after: int, *, request_id: str) -> Problem:
+    """503: all connections to the upstream stayed taken. `retry_after` in seconds."""
+    seconds = max(1, retry_after)
+    return _problem(
+        503,
+        OWN_BASE + "upstream-busy",
+        "Upstream busy",
+        f"The API behind this gateway is busy. Try again in {_duration(seconds)}.",
+        request_id,
+        [(b"retry-after", b"%d" % seconds)],
     )
 
 
@@ -221,6 +234,20 @@ def header_fields_too_large(*, request_id: str) -> Problem:
 def bad_request(detail: str, *, request_id: str) -> Problem:
     """400: not a request this gateway can forward safely; `detail` is a sentence saying why."""
     return _problem(400, OWN_BASE + "bad-request", "Bad request", detail, request_id)
+
+
+def request_timeout(*, request_id: str) -> Problem:
+    """408: the client stopped sending the body it had announced."""
+    return _problem(
+        408,
+        OWN_BASE + "request-timeout",
+        "Request time-out",
+        "The request's body stopped arriving, so the request was given up. Send it again as a "
+        "whole.",
+        request_id,
+        # RFC 9110 section 15.5.9: what comes next on this connection would be the rest of the body.
+        [(b"connection", b"close")],
+    )
 
 
 def bad_gateway(*, request_id: str) -> Problem:

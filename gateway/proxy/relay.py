@@ -78,6 +78,7 @@ async def relay(
     head: RequestHead,
     extra_response_headers: Sequence[Header] = (),
     drop_response_headers: frozenset[bytes] = frozenset(),
+    default_response_header: Header | None = None,
     response_timeout_s: float | None = None,
 ) -> RelayResult:
     """Relay one admitted request.
@@ -87,6 +88,7 @@ async def relay(
         extra_response_headers: appended to the upstream's, e.g. the RateLimit fields.
         drop_response_headers: lower-case names removed from the upstream's, so that ours stand
             alone.
+        default_response_header: appended when the upstream's have none of this (lower-case) name.
         response_timeout_s: how long the upstream may be silent, from the end of the request to the
             head of its answer and between pieces of body; the pool's when omitted. Coarse: noticed
             up to 0.15 s late.
@@ -109,6 +111,8 @@ async def relay(
         headers = conn.headers
         if drop_response_headers:
             headers = [pair for pair in headers if pair[0] not in drop_response_headers]
+        if default_response_header is not None and default_response_header[0] not in dict(headers):
+            headers.append(default_response_header)
         headers += extra_response_headers
         body = conn.take()
         start = {"type": "http.response.start", "status": status, "headers": headers}

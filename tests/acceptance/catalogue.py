@@ -12,9 +12,8 @@ from tests.support import wait_until
 
 _CONFIG = """
 gateway:
-  admission: {timeout: %(timeout)s}
   drain: 5s
-redis: {url: "${TALLYGATE_REDIS_URL}"}
+redis: {url: "${TALLYGATE_REDIS_URL}", timeout: %(timeout)s}
 postgres: {url: "${TALLYGATE_POSTGRES_URL}", timeout: 2s}
 secrets: {key_pepper: "${TALLYGATE_KEY_PEPPER}"}
 reconciler: {flush_interval: 50ms}
