@@ -61,7 +61,7 @@ def show(settings: Settings, data_dir: Path, keys: Sequence[DemoKey]) -> None:
     lines = [click.style("tallygate is up", bold=True), ""]
     where = [
         ("gateway", http(settings.gateway), "your API, with limits"),
-        ("control", http(settings.control), "usage and management APIs, console, portal"),
+        ("control", http(settings.control), "health and metrics"),
         ("config", _short(settings.config), "edit it: changes apply while this runs"),
         ("data", _short(data_dir), "kept; remove it to start afresh"),
     ]

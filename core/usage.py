@@ -13,19 +13,18 @@ from decimal import Decimal
 
 from core import clock, directory, keyspace
 from core.admission.baseline import (
-    HourTotal,
-    Ledger,
     PeriodTotal,
     cold_fields,
-    overlay,
+    live_hours,
     warm_fields,
 )
+from core.admission.ledger import Catalogue, Wanted, read_ledgers
 from core.admission.program import CalendarUse, calendar_use
-from core.admission.seeder import Catalogue, read_ledgers
 from core.config import Snapshot
 from core.db import Database
 from core.errors import StoreUnavailableError
 from core.keyspace import Keyspace
+from core.meters import MeterRegistry
 from core.period import HOUR_MS, Span, billing_period
 from core.policy import (
     Concurrency,
@@ -135,7 +134,11 @@ async def read_usage(
     Raises:
         NotFoundError: no such subscription.
         StoreUnavailableError: Postgres does not answer.
+        ConfigError: the snapshot changes a meter that was counted otherwise.
     """
+    registry = MeterRegistry(snapshot.meters, snapshot.source)
+    await registry.refresh(database)
+    registry.check(snapshot.meters)
     subscription = await directory.get_subscription(database, subscription_id)
     plan = snapshot.plans.get(subscription.plan)
     notes = []
@@ -143,7 +146,7 @@ async def read_usage(
         notes.append(
             f"plan {subscription.plan!r} is not in the configuration: its limits are left out"
         )
-    read = await _read(database, store, snapshot, plan, subscription.id)
+    read = await _read(database, store, registry, snapshot, plan, subscription.id)
     if not read.up:
         notes.append(
             "Redis does not answer: this is what the ledger has, without unflushed changes"
@@ -167,7 +170,7 @@ async def read_usage(
     hours = await _hours(
         database,
         read.live,
-        snapshot.meters,
+        registry,
         subscription.id,
         since - since % HOUR_MS if hours_from is None else hours_from,
         read.now_ms + HOUR_MS if hours_to is None else hours_to,
@@ -215,7 +218,12 @@ class _Read:
 
 
 async def _read(
-    database: Database, store: Store, snapshot: Snapshot, plan: Plan | None, subject: str
+    database: Database,
+    store: Store,
+    registry: MeterRegistry,
+    snapshot: Snapshot,
+    plan: Plan | None,
+    subject: str,
 ) -> _Read:
     """Redis first, then the ledger: what a flush drops from Redis in between is in the ledger."""
     keys = Keyspace()
@@ -236,13 +244,13 @@ async def _read(
         except StoreUnavailableError:
             up, live, held, since_ms, now_ms = False, {}, {}, None, clock.now_ms()
         epochs = await database.fetch("read_epochs", [subject])
-        ledgers = await read_ledgers(database, [subject], catalogue, limits, now_ms)
+        wanted = {subject: Wanted(limits, live)}
+        ledger = (await read_ledgers(database, registry, catalogue, wanted, now_ms))[subject]
         lag = _lag(
             up, live, since_ms, (epochs[0]["epoch"], epochs[0]["version"]) if epochs else None
         )
         if not lag.behind:
             break
-    ledger = ledgers.get(subject, Ledger())
     if live:
         rebuilt = warm_fields(ledger, live, snapshot.meters, calendars, now_ms)
         state = {**live, **{name: text for name, text in rebuilt.items() if _is_behind(name, live)}}
@@ -295,7 +303,7 @@ def _meters(read: _Read, meters: Mapping[str, Meter], period: Span) -> tuple[Met
 async def _hours(
     database: Database,
     live: Mapping[str, str],
-    meters: Mapping[str, Meter],
+    registry: MeterRegistry,
     subject: str,
     from_ms: int,
     to_ms: int,
@@ -308,9 +316,8 @@ async def _hours(
         found[hour, row["meter"], first] = HourUsage(
             row["meter"], first, hour, row["total"], row["overage"], False
         )
-    rows: list[HourTotal] = overlay((), live)
-    for item in rows:
-        meter = meters.get(item.meter)
+    for item in live_hours(live):
+        meter = registry.get(item.meter)
         if meter is not None and from_ms <= item.hour_start_ms < to_ms:
             found[item.hour_start_ms, item.meter, item.period_start_ms] = HourUsage(
                 item.meter,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from core.config import ConfigWatcher, Snapshot, plans_removed, restart_needed
 from core.db import Database, connect_pool
 from core.errors import ConfigError
 from core.keyspace import Keyspace
+from core.meters import MeterRegistry
 from core.redis.scripts import load
 from core.redis.store import Store
 from core.secrets import KeyHasher
@@ -54,10 +56,19 @@ class Gateway:
         )
         self.runtime = Runtime(snapshot, {})
         self._keyspace = Keyspace()
+        self._registry = MeterRegistry(snapshot.meters, snapshot.source)
+        self._pinning: asyncio.Task[None] | None = None
+        # Why the worker must not go on, and what then ends it: set by whoever serves it.
+        self.fatal: ConfigError | None = None
+        self.on_fatal: Callable[[], object] | None = None
         self._tasks: list[asyncio.Task[Any]] = []
 
     async def open(self) -> None:
-        """Connects. A store that is down is no error: the worker answers 503 and tries again."""
+        """Connects. A store that is down is no error: the worker answers 503 and tries again.
+
+        Raises:
+            ConfigError: a meter is pinned otherwise than the configuration declares it.
+        """
         settings = self.config.current.settings
         loop = asyncio.get_running_loop()
         self._store = Store.connect(self._redis_url, _STORE_TIMEOUT_S, self.local.redis_errors.inc)
@@ -68,7 +79,9 @@ class Gateway:
             on_query=self._on_query,
             require=False,
         )
-        await self._database.ping()  # so that the health answer is right from the start
+        if await self._database.ping():  # so that the health answer is right from the start
+            await self._registry.try_pin(self._database)
+        self._pin_meters()
         cache_settings = settings.gateway.key_cache
         self.cache = KeyCache(
             size=cache_settings.size,
@@ -90,7 +103,9 @@ class Gateway:
             on_error=self.local.redis_errors.inc,
         )
         await self._batcher.start()
-        self._seeder = Seeder(self._store, self._database, lambda: self.runtime.catalogue)
+        self._seeder = Seeder(
+            self._store, self._database, lambda: self.runtime.catalogue, self._registry
+        )
         self._leases = Leases(self._store)
         self._limiter = Limiter(
             self._batcher,
@@ -106,7 +121,7 @@ class Gateway:
 
     async def close(self) -> None:
         """Gives leases back and closes everything; waits for no more than the time-outs."""
-        for task in self._tasks:
+        for task in (*self._tasks, *([self._pinning] if self._pinning else [])):
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
@@ -177,19 +192,36 @@ class Gateway:
         if not ok:
             self.metrics.postgres_errors.inc()
 
+    def _pin_meters(self) -> None:
+        """In the background until Postgres has answered; see core/meters.py."""
+        if not self._registry.pinned and (self._pinning is None or self._pinning.done()):
+            self._pinning = asyncio.create_task(self._pin(), name="meters")
+
+    async def _pin(self) -> None:
+        try:
+            await self._registry.pin_until_done(self._database)
+        except ConfigError as error:
+            _log.critical("meters_refused", source=error.source, problems=error.problems)
+            self.fatal = error
+            if self.on_fatal is not None:
+                self.on_fatal()
+
     def _reloaded(self, old: Snapshot, new: Snapshot) -> None:
         # Whatever can fail comes before the first change: what raises here refuses the reload, and
         # the old configuration must then be in force everywhere.
+        self._registry.check(new.meters)
         runtime = Runtime(new, self.runtime.pools)
         respond = self._responder(runtime)
         retired = [pool for up, pool in self.runtime.pools.items() if up not in runtime.pools]
         removed = plans_removed(old, new)
         self.metrics.config_applied(new.digest)
+        self._registry.declare(new.meters)
         self.runtime, self._respond = runtime, respond
+        self._pin_meters()
         for pool in retired:
             pool.close()
         logs.configure(new.settings.log.level, new.settings.log.format, "gateway")
-        # Taking a plan out is allowed, but whoever is still subscribed to it is refused from now on.
+        # Taking a plan out is allowed, but who is still subscribed to it is refused from now on.
         log = _log.warning if removed else _log.info
         log(
             "config_applied",

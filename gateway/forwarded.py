@@ -62,6 +62,9 @@ class TrustedProxies:
     ) -> str:
         """The client's address as text, without port; the peer's own when it is not trusted.
 
+        X-Forwarded-For is believed where both fields are there, Forwarded only in its absence: a
+        trusted proxy has to set the one or remove it, or its clients may write it themselves.
+
         `headers` are the scope's unless given. A claim that is no address ends the walk: the
         nearest proxy before it is then the client, as in "unknown" or an obfuscated node.
         """
@@ -96,17 +99,30 @@ def _group(address: str) -> str:
 
 
 def _claims(headers: Iterable[tuple[bytes, bytes]]) -> list[str]:
-    """The chain of addresses, client first. X-Forwarded-For wins where both fields are sent."""
+    """The chain of addresses, client first."""
     listed: list[bytes] = []
     forwarded: list[bytes] = []
     for name, value in headers:
         if name == b"x-forwarded-for":
             listed += value.split(b",")
         elif name == b"forwarded":
-            for element in value.split(b","):
-                match = _FOR.search(element)
-                forwarded.append(match[1].strip(b'"') if match else b"unknown")
+            forwarded += _nodes(value)
     return [claim.decode("latin-1").strip() for claim in listed or forwarded]
+
+
+def forwarded_nodes(values: Iterable[bytes]) -> list[bytes]:
+    """The addresses of Forwarded fields as X-Forwarded-For has them: no quotes, brackets or ports.
+
+    A node that is no address ("unknown", "_hidden", none at all) becomes `unknown`.
+    """
+    parsed = [_parse(node.decode("latin-1")) for value in values for node in _nodes(value)]
+    return [b"unknown" if address is None else str(address).encode() for address in parsed]
+
+
+def _nodes(value: bytes) -> list[bytes]:
+    """The `for` of each element of a Forwarded field, without its quotes."""
+    matches = map(_FOR.search, value.split(b","))
+    return [b"unknown" if match is None else match[1].strip(b'"') for match in matches]
 
 
 def _parse(text: str) -> _Address | None:

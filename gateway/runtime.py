@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from core.admission.ledger import Catalogue
 from core.admission.program import CalendarUse, calendar_use, compile_program
-from core.admission.seeder import Catalogue
 from core.config import Snapshot
+from core.config.models import KeySettings
 from core.policy import Plan, Route, Upstream
 from gateway.admission.limiter import Admission
 from gateway.answers.headers import PlanHeaders
@@ -35,7 +36,7 @@ class PlanOnRoute:
 class RouteRuntime:
     """A route with everything a request on it needs."""
 
-    __slots__ = ("_rules", "_trusted", "anonymous", "plans", "pool", "route")
+    __slots__ = ("_key", "_rules", "_trusted", "anonymous", "plans", "pool", "route")
 
     def __init__(
         self,
@@ -43,28 +44,41 @@ class RouteRuntime:
         pool: UpstreamPool,
         plans: Mapping[str, PlanOnRoute],
         trusted: TrustedProxies,
+        key: KeySettings,
     ) -> None:
         self.route = route
         self.pool = pool
         self.plans = plans
         self.anonymous = plans[route.plan] if route.keyless else None
         self._trusted = trusted
-        self._rules: dict[tuple[bytes | None, bytes | None], RequestRules] = {}
+        self._key = key
+        self._rules: dict[bytes | None, RequestRules] = {}
 
     def rules(self, source: Source | None) -> RequestRules:
-        """How to rewrite a request whose key came from `source`: it is not sent upstream."""
-        header = query = None
-        if source is not None and not self.route.forward_key:
-            header, query = source.header, source.query
-        rules = self._rules.get((header, query))
+        """How to rewrite a request whose key came from `source`; None on a keyless route.
+
+        No key of ours goes upstream unless the route says so: neither the one that was used nor
+        one beside it.
+        """
+        header = None if source is None else source.header
+        rules = self._rules.get(header)
         if rules is None:
-            rules = self._rules[header, query] = RequestRules(
-                strip_prefix=self.route.strip_prefix,
-                drop_headers=(header,) if header else (),
-                drop_query=(query.decode(),) if query else (),
-                trusted=self._trusted,
-            )
+            rules = self._rules[header] = self._compile(header)
         return rules
+
+    def _compile(self, header: bytes | None) -> RequestRules:
+        route = self.route
+        if route.forward_key:
+            return RequestRules(strip_prefix=route.strip_prefix, trusted=self._trusted)
+        query = (self._key.query,) if self._key.query else ()
+        return RequestRules(
+            strip_prefix=route.strip_prefix,
+            drop_headers=() if header is None else (header,),
+            key_headers=[name.encode() for name in self._key.headers],
+            drop_query=() if route.keyless else query,
+            key_query=query if route.keyless else (),
+            trusted=self._trusted,
+        )
 
 
 class Runtime:
@@ -82,9 +96,10 @@ class Runtime:
             str(network) for network in snapshot.settings.gateway.trusted_proxies
         )
         flags = snapshot.settings.gateway.headers
-        # Limit fields of an upstream would contradict ours.
+        # Of an upstream: its limit fields would contradict ours, and there is one request id.
         self.drop_response_headers: frozenset[bytes] = frozenset(
             (
+                b"x-request-id",
                 *((b"ratelimit", b"ratelimit-policy") if flags.ratelimit else ()),
                 *(
                     (b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset")
@@ -117,4 +132,4 @@ class Runtime:
             admission = Admission(program, policies, plan.interval_months)
             plans[name] = PlanOnRoute(plan, admission, headers[name])
         pool = self.pools[snapshot.upstreams[route.upstream]]
-        return RouteRuntime(route, pool, plans, self.trusted)
+        return RouteRuntime(route, pool, plans, self.trusted, snapshot.settings.gateway.key)

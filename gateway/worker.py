@@ -88,6 +88,7 @@ async def _serve(path: Path, snapshot: Snapshot, listen: Address, ready_fd: int)
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, server.stop)
     loop.add_signal_handler(signal.SIGHUP, gateway.config.reload)
+    gateway.on_fatal = server.stop
 
     def on_startup() -> None:  # called once the socket is bound
         if ready_fd >= 0:
@@ -96,10 +97,13 @@ async def _serve(path: Path, snapshot: Snapshot, listen: Address, ready_fd: int)
 
     server.on_startup(on_startup)
     try:
-        await server.serve()
+        if gateway.fatal is None:
+            await server.serve()
     finally:
         await gateway.close()
         _log.info("stopped")
+    if gateway.fatal is not None:
+        raise gateway.fatal
 
 
 def _connections(snapshot: Snapshot) -> int:

@@ -236,16 +236,15 @@ while arg_at <= last_arg do
         local t = source.to - now
         wait[i], reset[i] = t, t
         local m = row[7]
-        if row[6] == OVERAGE_ACTION and row[3] == 1 and m > 0 and limit < (caps[m] or math.huge) then
-          caps[m] = limit
-        end
+        local billed = row[6] == OVERAGE_ACTION and row[3] == 1 and m > 0 -- a shadow quota bills nobody
+        if billed and limit < (caps[m] or math.huge) then caps[m] = limit end
         if after > limit then
           if row[6] == BLOCK then
             full = true
           elseif row[6] == OVERAGE_ACTION then
             flag = OVERAGE
             local excess = before > limit and cost or after - limit
-            if caps[m] and over[m] < excess then over[m] = excess end
+            if billed and over[m] < excess then over[m] = excess end
           else
             flag = WARNED
           end

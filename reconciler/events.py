@@ -14,7 +14,7 @@ from decimal import Decimal
 from core import clock
 from core.db import ConstraintError, Database, Row
 from core.keyspace import Keyspace, subject_of
-from core.policy import Meter
+from core.meters import MeterRegistry
 from core.redis.store import Store
 from core.telemetry import logs
 
@@ -32,7 +32,7 @@ class EventStore:
         store: Store,
         database: Database,
         keyspace: Keyspace,
-        meter_of: Callable[[str], Meter | None],
+        registry: MeterRegistry,
         *,
         shard: int = 0,
         batch: int = 500,
@@ -41,8 +41,9 @@ class EventStore:
         self._store = store
         self._database = database
         self._stream = keyspace.events(shard)
-        self._meter_of = meter_of
+        self._registry = registry
         self._batch = batch
+        self._after = ""
         self._on_event = on_event
 
     async def store_all(self) -> int:
@@ -52,6 +53,7 @@ class EventStore:
             StoreUnavailableError: Redis or Postgres did not answer; what was moved stays moved.
         """
         total = 0
+        self._after = ""
         while True:
             read, stored = await self.store_once()
             total += stored
@@ -59,11 +61,23 @@ class EventStore:
                 return total
 
     async def store_once(self) -> tuple[int, int]:
-        """One batch: entries read, rows that were new."""
+        """One batch: entries read, rows that were new.
+
+        An event of a meter that no process has declared yet stays in the stream, and those behind
+        it are reached all the same.
+        """
         # Step 1
-        entries = await self._store.entries(self._stream, self._batch)
+        entries = await self._store.entries(self._stream, self._batch, self._after)
         if not entries:
             return 0, 0
+        count = len(entries)
+        names = {fields["meter"] for _, fields in entries if "meter" in fields}
+        unknown = await self._registry.unknown(self._database, names)
+        waiting = [entry_id for entry_id, fields in entries if fields.get("meter") in unknown]
+        if waiting:
+            _log.error("limit_events_wait", count=len(waiting), unknown_meters=sorted(unknown))
+            self._after = waiting[-1]
+            entries = [entry for entry in entries if entry[1].get("meter") not in unknown]
         values: list[tuple[object, ...]] = []
         for entry_id, fields in entries:
             try:
@@ -73,12 +87,13 @@ class EventStore:
         # Step 2
         rows = await self._store_rows(values)
         # Step 3
-        await self._store.delete_entries(self._stream, [entry_id for entry_id, _ in entries])
+        if entries:
+            await self._store.delete_entries(self._stream, [entry_id for entry_id, _ in entries])
         for row in rows:
             _log.info("limit_event", **dict(row))
             if self._on_event is not None:
                 self._on_event(row["kind"])
-        return len(entries), len(rows)
+        return count, len(rows)
 
     async def _store_rows(self, values: list[tuple[object, ...]]) -> list[Row]:
         """Step 2. A batch with a row that Postgres cannot take is halved until it stands alone."""
@@ -111,6 +126,7 @@ class EventStore:
         )
 
     def _quantity(self, name: str, units: str) -> Decimal:
-        meter = self._meter_of(name)
-        # A meter that was taken out of the configuration: better a row in smallest units than none.
-        return meter.from_units(int(units)) if meter else Decimal(int(units))
+        meter = self._registry.get(name)
+        if meter is None:
+            raise ValueError(f"no process declared the meter {name}")
+        return meter.from_units(int(units))

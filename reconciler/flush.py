@@ -16,19 +16,24 @@ A state that the ledger does not accept is never acknowledged, so nothing is los
   overtaken   its epoch is lower than the ledger's, because another process claimed a new epoch to
               seed the same subject and lost the race or died. It is told the epoch, and the next
               flush takes it, provided that its totals are not below the ledger's.
-  behind      its version is lower than the ledger's at the same epoch: Redis lost writes. It stays
-              listed, an error is logged, and the lag shows it.
+  behind      Redis lost writes: at the same epoch its version is lower than the ledger's, or, as it
+              counted on from an older state, one of its totals is. It stays listed, an error is
+              logged, and the lag shows it, until the totals have passed the ledger's, or its key
+              is deleted, upon which it is rebuilt from the ledger.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from core import clock
 from core.db import ConstraintError, Database
 from core.keyspace import Keyspace
-from core.policy import Meter
+from core.meters import MeterRegistry
+from core.policy import Aggregation, Meter
 from core.redis.scripts import load
 from core.redis.store import Store
 from core.telemetry import logs
@@ -36,7 +41,10 @@ from reconciler.snapshot import StateSnapshot, read_state
 
 _log = logs.get_logger()
 
-MetersOf = Callable[[str], Meter | None]
+# Keys and arguments after which a script call takes no further subject: at most twice as many.
+_MAX_ARGUMENTS = 45_000
+
+_FIX_BEHIND = "delete the key in Redis: it is rebuilt from the ledger"
 
 
 @dataclass(slots=True)
@@ -51,15 +59,30 @@ class FlushResult:
     more: bool = False
 
 
+@dataclass(slots=True)
+class FlushRun:
+    """What a run remembers: `seen` so that a subject that cannot be stored is tried once in it,
+    and how many of those are `stuck` at the head of the list.
+    """
+
+    until_ms: int
+    seen: set[str] = field(default_factory=set)
+    stuck: int = 0
+
+
+class _Lowered(Exception):
+    """Rows would lower a total of the ledger."""
+
+
 class Flusher:
-    """Copies changed subjects of one shard. `meter_of(name)` gives a meter, None if unknown."""
+    """Copies changed subjects of one shard."""
 
     def __init__(
         self,
         store: Store,
         database: Database,
         keyspace: Keyspace,
-        meter_of: MetersOf,
+        registry: MeterRegistry,
         *,
         shard: int = 0,
         batch: int = 1_000,
@@ -67,7 +90,7 @@ class Flusher:
         self._store = store
         self._database = database
         self._dirty_key = keyspace.dirty(shard)
-        self._meter_of = meter_of
+        self._registry = registry
         self._batch = batch
         self._acknowledge = load("acknowledge")
         self._seed = load("seed")
@@ -91,11 +114,11 @@ class Flusher:
             StoreUnavailableError: Redis or Postgres did not answer; what was done stays done.
         """
         total = FlushResult()
-        until_ms = await self._store.now_ms()
-        seen: set[str] = set()
+        run = FlushRun(await self._store.now_ms())
+        await self._bring_back(run.until_ms)
         more = True
         while more:
-            result = await self.flush_once(until_ms, seen)
+            result = await self.flush_once(run)
             more = result.more
             total.stored += result.stored
             total.clean += result.clean
@@ -104,27 +127,46 @@ class Flusher:
             total.unreadable += result.unreadable
         return total
 
-    async def flush_once(self, until_ms: int, seen: set[str]) -> FlushResult:
-        """Flushes one batch of subjects that changed up to `until_ms` (Redis time).
+    async def _bring_back(self, now_ms: int) -> None:
+        """Subjects that changed in the future: the clock went back. They are due all the same."""
+        for _ in range(await self._store.cardinality(self._dirty_key) // self._batch + 1):
+            keys = await self._store.above(self._dirty_key, now_ms, self._batch)
+            if keys:
+                await self._store.rescore(self._dirty_key, keys, now_ms)
+            if len(keys) < self._batch:
+                return
 
-        `seen` collects the keys of a run, so that one that cannot be stored is tried once in it.
+    async def _due(self, run: FlushRun) -> tuple[list[str], bool]:
+        """The next subjects of a run, and whether there may be more.
+
+        What was tried and could not be stored keeps its place at the head of the list; everything
+        else was unlisted or has a later time now.
         """
+        while True:
+            rows = await self._store.oldest(self._dirty_key, self._batch, run.stuck)
+            due = [key for key, since in rows if since <= run.until_ms]
+            keys = [key for key in due if key not in run.seen]
+            run.stuck += len(list(takewhile(run.seen.__contains__, due)))
+            if keys or not due:
+                return keys, len(rows) == self._batch
+
+    async def flush_once(self, run: FlushRun) -> FlushResult:
+        """Flushes one batch of the subjects that changed up to `run.until_ms` (Redis time)."""
         result = FlushResult()
-        # Step 1. Those that could not be stored stay at the head of the list, so look behind them.
-        listed = await self._store.oldest(self._dirty_key, self._batch + len(seen))
-        keys = [key for key, since in listed if since <= until_ms and key not in seen]
-        keys = keys[: self._batch]
+        # Step 1
+        keys, result.more = await self._due(run)
         if not keys:
+            result.more = False
             return result
-        seen.update(keys)
-        result.more = len(keys) == self._batch
+        run.seen.update(keys)
         # Step 2
-        read_at_ms = await self._store.now_ms()
+        read_at_ms = max(await self._store.now_ms(), run.until_ms + 1)
         snapshots = await self._read(keys, result)
+        readable = [key for key in keys if key not in result.unreadable]
         # Step 3
         accepted = await self._commit(snapshots, result)
         # Step 4
-        result.clean += await self._confirm(accepted, keys, snapshots, read_at_ms)
+        result.clean += await self._confirm(accepted, readable, snapshots, read_at_ms)
         result.stored = len(accepted)
         if result.overtaken:
             await self._pass_epochs_on([s for s in snapshots if s.subject in result.overtaken])
@@ -132,22 +174,24 @@ class Flusher:
 
     async def _read(self, keys: list[str], result: FlushResult) -> list[StateSnapshot]:
         states = await self._store.hgetall_many(keys)
-        snapshots: list[StateSnapshot] = []
+        read: list[StateSnapshot] = []
         for key, state in zip(keys, states, strict=True):
             if not state:
                 continue  # flushed by another reconciler and gone, or wiped: step 4 unlists it
             try:
-                snapshot = read_state(key, state)
-                unknown = {row.meter for row in snapshot.periods if not self._meter_of(row.meter)}
-                if unknown:
-                    names = ", ".join(sorted(unknown))
-                    raise ValueError(f"no meter {names} in the configuration: add it again")
+                read.append(read_state(key, state))
             except (ValueError, KeyError) as error:
                 _log.error("state_unreadable", key=key, reason=str(error))
                 result.unreadable.append(key)
-                continue
-            snapshots.append(snapshot)
-        return snapshots
+        unknown = await self._registry.unknown(
+            self._database, {name for snapshot in read for name in snapshot.meters}
+        )
+        for snapshot in read:
+            if names := unknown & snapshot.meters:
+                reason = f"no process declared the meter {', '.join(sorted(names))}"
+                _log.error("state_unreadable", key=snapshot.key, reason=reason)
+                result.unreadable.append(snapshot.key)
+        return [snapshot for snapshot in read if not unknown & snapshot.meters]
 
     async def _commit(
         self, snapshots: list[StateSnapshot], result: FlushResult
@@ -157,7 +201,10 @@ class Flusher:
             return []
         try:
             return await self._store_rows(snapshots, result)
-        except (ConstraintError, ValueError, OverflowError) as error:
+        except (ConstraintError, ValueError, OverflowError, _Lowered) as error:
+            if len(snapshots) == 1 and isinstance(error, _Lowered):
+                self._is_behind(snapshots[0], result, reason=str(error))
+                return []
             if len(snapshots) == 1:
                 _log.error("state_refused", key=snapshots[0].key, reason=str(error))
                 result.unreadable.append(snapshots[0].key)
@@ -178,8 +225,12 @@ class Flusher:
             )
             versions: dict[str, int] = {row["subject"]: row["version"] for row in rows}
             accepted = [s for s in snapshots if versions.get(s.subject) == s.version]
-            await transaction.execute("store_periods", *self._period_columns(accepted))
-            await transaction.execute("store_hours", *self._hour_columns(accepted))
+            for query, columns in (
+                ("store_periods", self._period_columns(accepted)),
+                ("store_hours", self._hour_columns(accepted)),
+            ):
+                if await transaction.execute(query, *columns) != len(columns[0]):
+                    raise _Lowered(f"{query}: a total is below the ledger's")
         for snapshot in snapshots:
             version = versions.get(snapshot.subject)
             if version is None:
@@ -194,13 +245,18 @@ class Flusher:
         """A higher version in the ledger: another reconciler was faster, or Redis lost writes."""
         state = (await self._store.hgetall_many([snapshot.key]))[0]
         if state and read_state(snapshot.key, state).version < version:
-            result.behind.append(snapshot.subject)
-            _log.error(
-                "state_behind_ledger",
-                subject=snapshot.subject,
-                version=snapshot.version,
-                ledger_version=version,
-            )
+            self._is_behind(snapshot, result, reason=f"the ledger has version {version}")
+
+    def _is_behind(self, snapshot: StateSnapshot, result: FlushResult, *, reason: str) -> None:
+        result.behind.append(snapshot.subject)
+        _log.error(
+            "state_behind_ledger",
+            key=snapshot.key,
+            epoch=snapshot.epoch,
+            version=snapshot.version,
+            reason=reason,
+            fix=_FIX_BEHIND,
+        )
 
     def _period_columns(self, snapshots: Sequence[StateSnapshot]) -> list[list[object]]:
         columns: list[list[object]] = [[] for _ in range(8)]
@@ -241,7 +297,7 @@ class Flusher:
         return columns
 
     def _meter(self, name: str) -> Meter:
-        meter = self._meter_of(name)
+        meter = self._registry.get(name)
         assert meter is not None, name  # _read left out states with unknown meters
         return meter
 
@@ -254,23 +310,18 @@ class Flusher:
     ) -> int:
         """Step 4; also unlists subjects whose state was gone in step 2."""
         read = {snapshot.key for snapshot in snapshots}
-        gone = [key for key in keys if key not in read]
-        call_keys = [self._dirty_key]
-        arguments: list[str | int] = [read_at_ms]
-        for snapshot in accepted:
-            call_keys.append(snapshot.key)
-            arguments += (
-                snapshot.epoch,
-                snapshot.version,
-                len(snapshot.closed),
-                *snapshot.closed,
-            )
-        for key in gone:
-            call_keys.append(key)
-            arguments += ("", "", 0)
-        if len(call_keys) == 1:
-            return 0
-        return int(await self._store.run(self._acknowledge, call_keys, arguments))
+        entries = deque(entry for snapshot in accepted for entry in _entries(snapshot))
+        entries += ((key, ("", "", 0)) for key in keys if key not in read)
+        clean = 0
+        while entries:
+            call_keys: list[str] = [self._dirty_key]
+            arguments: list[str | int] = [read_at_ms]
+            while entries and len(call_keys) + len(arguments) < _MAX_ARGUMENTS:
+                key, values = entries.popleft()
+                call_keys.append(key)
+                arguments += values
+            clean += int(await self._store.run(self._acknowledge, call_keys, arguments))
+        return clean
 
     async def _pass_epochs_on(self, snapshots: list[StateSnapshot]) -> None:
         """Tells overtaken states their epoch, unless their totals are below the ledger's."""
@@ -287,8 +338,8 @@ class Flusher:
             lost = [
                 row.meter
                 for row in snapshot.periods
-                if self._meter(row.meter).from_units(row.total)
-                < stored.get((row.meter, row.start_ms), 0)
+                if (meter := self._meter(row.meter)).aggregation is not Aggregation.LAST
+                and meter.from_units(row.total) < stored.get((row.meter, row.start_ms), 0)
             ]
             if lost:
                 _log.error("state_below_ledger", subject=snapshot.subject, meters=lost)
@@ -297,3 +348,16 @@ class Flusher:
                 self._seed, [snapshot.key], [snapshot.version, epochs[snapshot.subject], 0]
             )
             _log.warning("epoch_passed_on", subject=snapshot.subject)
+
+
+def _entries(snapshot: StateSnapshot) -> Iterator[tuple[str, tuple[str | int, ...]]]:
+    """What lua/acknowledge.lua is told of one state, in pieces when it has very many closed fields.
+
+    All but the last piece go without the version: they drop fields and leave the state listed.
+    """
+    closed = snapshot.closed
+    for first in range(0, max(1, len(closed)), _MAX_ARGUMENTS):
+        piece = closed[first : first + _MAX_ARGUMENTS]
+        last = first + _MAX_ARGUMENTS >= len(closed)
+        version = snapshot.version if last else ""
+        yield snapshot.key, (snapshot.epoch, version, len(piece), *piece)

@@ -42,6 +42,11 @@ class StateSnapshot:
     hours: tuple[HourRow, ...]
     closed: tuple[str, ...]
 
+    @property
+    def meters(self) -> frozenset[str]:
+        """The meters of all rows."""
+        return frozenset([row.meter for row in self.periods] + [row.meter for row in self.hours])
+
 
 def read_state(key: str, state: Mapping[str, str]) -> StateSnapshot:
     """The rows that the hash at `key` stands for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from core.config import ConfigWatcher, Snapshot, restart_needed
 from core.db import Database, connect_pool
 from core.errors import ConfigError, StoreUnavailableError, TallygateError
 from core.keyspace import Keyspace
-from core.policy import Meter
+from core.meters import MeterRegistry
 from core.redis.store import Store
 from core.telemetry import logs
 from core.telemetry.metrics import Metrics, setup
@@ -41,8 +42,7 @@ class Reconciler:
         self.config = ConfigWatcher(
             path, snapshot, on_reload=self._reloaded, on_refused=self._refused
         )
-        # A meter that a reload takes out may still have counts to flush.
-        self._meters: dict[str, Meter] = dict(snapshot.meters)
+        self._registry = MeterRegistry(snapshot.meters, snapshot.source)
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -50,7 +50,11 @@ class Reconciler:
         self._stopping.set()
 
     async def run(self) -> None:
-        """Runs until `stop`, then flushes once more."""
+        """Runs until `stop`, then flushes once more.
+
+        Raises:
+            ConfigError: a meter is pinned otherwise than the configuration declares it.
+        """
         settings = self.config.current.settings
         store = Store.connect(self._redis_url, _REDIS_TIMEOUT_S, self._redis_error)
         database: Database = await connect_pool(
@@ -62,13 +66,13 @@ class Reconciler:
         )
         keyspace = Keyspace()
         flusher = Flusher(
-            store, database, keyspace, self._meters.get, batch=settings.reconciler.batch
+            store, database, keyspace, self._registry, batch=settings.reconciler.batch
         )
         events = EventStore(
             store,
             database,
             keyspace,
-            self._meters.get,
+            self._registry,
             on_event=lambda kind: self.metrics.limit_events.labels(kind).inc(),
         )
         self.metrics.config_applied(self.config.current.digest)
@@ -76,12 +80,12 @@ class Reconciler:
         watcher = asyncio.create_task(self.config.run(), name="config-watcher")
         try:
             while not self._stopping.is_set():
-                await self._round(flusher, events)
+                await self._round(database, flusher, events)
                 interval = self.config.current.settings.reconciler.flush_interval_ms / 1000
                 with suppress(TimeoutError):
                     async with asyncio.timeout(interval):
                         await self._stopping.wait()
-            await self._round(flusher, events)
+            await self._round(database, flusher, events)
         finally:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
@@ -89,27 +93,48 @@ class Reconciler:
             await database.close()
             _log.info("stopped")
 
-    async def _round(self, flusher: Flusher, events: EventStore) -> None:
-        started = clock.monotonic()
+    async def _round(self, database: Database, flusher: Flusher, events: EventStore) -> None:
+        ready = await self._attempt(self._show_lag(flusher))
+        # Nothing is converted before it is known that the ledger's meters are the configuration's.
+        if ready and await self._attempt(self._pin(database)):
+            # Events do not wait for counts that cannot be stored.
+            ready = await self._attempt(self._flush(flusher))
+            ready = await self._attempt(events.store_all()) and ready
+        else:
+            ready = False
+        if not ready:
+            await self._pause()
+
+    async def _attempt(self, step: Awaitable[object]) -> bool:
         try:
-            dirty, lag_ms = await flusher.lag()
-            self.metrics.dirty_subjects.set(dirty)
-            self.metrics.flush_lag_seconds.set(lag_ms / 1000)
-            result = await flusher.flush_all()
-            await events.store_all()
-            self.metrics.flush_subjects.inc(result.stored)
-            self.metrics.flush_seconds.observe(clock.monotonic() - started)
-            dirty, lag_ms = await flusher.lag()
-            self.metrics.dirty_subjects.set(dirty)
-            self.metrics.flush_lag_seconds.set(lag_ms / 1000)
+            await step
+        except ConfigError:
+            raise
         except StoreUnavailableError as error:
             # Redis keeps the truth; the lag metric shows that the ledger is behind.
             _log.warning("flush_postponed", reason=str(error))
-            await self._pause()
         except Exception:
             # A bug in one round must not end the process: the counts wait in Redis, the lag shows.
             _log.exception("flush_failed")
-            await self._pause()
+        else:
+            return True
+        return False
+
+    async def _show_lag(self, flusher: Flusher) -> None:
+        dirty, lag_ms = await flusher.lag()
+        self.metrics.dirty_subjects.set(dirty)
+        self.metrics.flush_lag_seconds.set(lag_ms / 1000)
+
+    async def _pin(self, database: Database) -> None:
+        if not self._registry.pinned:
+            await self._registry.pin(database)
+
+    async def _flush(self, flusher: Flusher) -> None:
+        started = clock.monotonic()
+        result = await flusher.flush_all()
+        self.metrics.flush_subjects.inc(result.stored)
+        self.metrics.flush_seconds.observe(clock.monotonic() - started)
+        await self._show_lag(flusher)
 
     async def _pause(self) -> None:
         with suppress(TimeoutError):
@@ -125,7 +150,7 @@ class Reconciler:
         self.metrics.redis_errors.labels(kind).inc()
 
     def _reloaded(self, old: Snapshot, new: Snapshot) -> None:
-        self._meters.update(new.meters)
+        self._registry.declare(new.meters)  # refuses what would rescale counts
         self.metrics.config_applied(new.digest)
         logs.configure(new.settings.log.level, new.settings.log.format, "reconciler")
         pending: list[Any] = restart_needed(old, new)

@@ -16,25 +16,17 @@ Steps of a run, and what a crash after each leaves behind:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from decimal import Decimal
 
-from core import clock, keyspace
-from core.admission.baseline import (
-    Fired,
-    HourTotal,
-    Ledger,
-    PeriodTotal,
-    cold_fields,
-    hours_needed_since,
-    warm_fields,
-)
-from core.admission.program import CalendarUse
+from core import keyspace
+from core.admission.baseline import cold_fields, warm_fields
+from core.admission.ledger import Catalogue, Wanted, read_ledgers
 from core.db.pool import Database
 from core.errors import StoreUnavailableError
-from core.policy import Limit, Meter
+from core.meters import MeterRegistry
+from core.policy import Limit
 from core.redis.scripts import load
 from core.redis.store import Store
 from core.telemetry import logs
@@ -43,14 +35,6 @@ _log = logs.get_logger()
 
 # Subjects a run takes at once: bounds its statements and how long a subject waits behind others.
 _MAX_RUN = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Catalogue:
-    """What a rebuilt state depends on; replaced whole when the configuration is reloaded."""
-
-    meters: Mapping[str, Meter]
-    calendars: CalendarUse
 
 
 @dataclass(slots=True)
@@ -76,10 +60,15 @@ class Seeder:
     """Seeds subjects in runs, one at a time. `catalogue()` gives the one in force."""
 
     def __init__(
-        self, redis: Store, database: Database | None, catalogue: Callable[[], Catalogue]
+        self,
+        redis: Store,
+        database: Database | None,
+        catalogue: Callable[[], Catalogue],
+        registry: MeterRegistry,
     ) -> None:
         self._redis = redis
         self._database = database
+        self._registry = registry
         self._catalogue = catalogue
         self._script = load("seed")
         self._waiting: dict[str, _Request] = {}
@@ -164,13 +153,14 @@ class Seeder:
             if subjects:
                 for row in await self._database.fetch(name, subjects):
                     epochs[row["subject"]] = row["epoch"], row["version"]
-        limits = {limit for request in requests for limit in request.limits}
-        ledgers = await read_ledgers(
-            self._database, [r.subject for r in requests], catalogue, limits, now_ms
-        )
+        wanted = {
+            request.subject: Wanted(request.limits, state)
+            for request, state in zip(requests, states, strict=True)
+        }
+        ledgers = await read_ledgers(self._database, self._registry, catalogue, wanted, now_ms)
         calls: list[tuple[list[str], list[str | int]]] = []
         for request, state in zip(requests, states, strict=True):
-            ledger = ledgers.get(request.subject, Ledger())
+            ledger = ledgers[request.subject]
             epoch, version = epochs.get(request.subject, (0, 0))
             meters, calendars = catalogue.meters, catalogue.calendars
             if state:
@@ -182,62 +172,6 @@ class Seeder:
             calls.append(([request.key], [seen, epoch, version, *pairs]))
         answers = await self._redis.run_many(self._script, calls)
         self.stats.conflicts += sum(1 for answer in answers if answer == 0)
-
-
-async def read_ledgers(
-    database: Database,
-    subjects: list[str],
-    catalogue: Catalogue,
-    limits: Iterable[Limit],
-    now_ms: int,
-) -> dict[str, Ledger]:
-    """What the ledger knows of each subject at `now_ms`; a subject without rows is left out.
-
-    Rows of meters that the configuration no longer has are left out too.
-
-    Raises:
-        StoreUnavailableError: Postgres did not answer.
-    """
-    meters = catalogue.meters
-    now = clock.to_datetime(now_ms)
-    since = clock.to_datetime(hours_needed_since(now_ms, catalogue.calendars, limits))
-    ledgers: dict[str, Ledger] = {}
-
-    def ledger(subject: str) -> Ledger:
-        return ledgers.setdefault(subject, Ledger())
-
-    def units(meter: str, quantity: Decimal) -> int:
-        return meters[meter].to_units(quantity)
-
-    for row in await database.fetch("current_periods", subjects, now):
-        meter = row["meter"]
-        if meter in meters:
-            ledger(row["subject"]).periods.append(
-                PeriodTotal(
-                    meter,
-                    clock.from_datetime(row["period_start"]),
-                    clock.from_datetime(row["period_end"]),
-                    units(meter, row["total"]),
-                    units(meter, row["overage"]),
-                )
-            )
-    for row in await database.fetch("hours_since", subjects, since):
-        meter = row["meter"]
-        if meter in meters:
-            ledger(row["subject"]).hours.append(
-                HourTotal(
-                    meter,
-                    clock.from_datetime(row["period_start"]),
-                    clock.from_datetime(row["hour_start"]),
-                    units(meter, row["total"]),
-                    units(meter, row["overage"]),
-                )
-            )
-    for row in await database.fetch("thresholds_fired", subjects, now):
-        ledger(row["subject"]).fired.append(
-            Fired(row["limit_name"], clock.from_datetime(row["period_start"]), row["highest"])
-        )
-    return ledgers
 
 
 def _unavailable(error: BaseException) -> StoreUnavailableError:

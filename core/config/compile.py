@@ -48,7 +48,6 @@ from core.policy import (
     Upstream,
 )
 
-
 # A client address is no customer, and what it counts lives in Redis as long as its longest limit.
 KEYLESS_WINDOW_MS = 7 * 86_400_000
 _KEYLESS_PERIODS = (PeriodKind.DAY, PeriodKind.WEEK)
@@ -220,11 +219,13 @@ class Plans:
                         (*path, "action"),
                         f"nobody to bill: {where} and has no customer; use block or warn",
                     )
-            elif isinstance(limit, FixedWindow | SlidingWindow):
-                if limit.window_ms > KEYLESS_WINDOW_MS:
-                    self._problems.add(
-                        (*path, "window"), f"too long: {where} in Redis alone; use 1w or less"
-                    )
+            elif (
+                isinstance(limit, FixedWindow | SlidingWindow)
+                and limit.window_ms > KEYLESS_WINDOW_MS
+            ):
+                self._problems.add(
+                    (*path, "window"), f"too long: {where} in Redis alone; use 1w or less"
+                )
 
     def _exact(self, path: Path, product: int, what: str) -> bool:
         # The scripts form these products in doubles, which are exact only below 2**53.

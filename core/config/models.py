@@ -132,8 +132,8 @@ class RedisSettings(Section):
     url: Annotated[str | None, BeforeValidator(store_url(REDIS_SCHEMES))] = Field(
         default=None,
         repr=False,  # may hold a password
-        description="redis://, rediss:// or unix:// URL of one server (valkey:// and valkeys:// work "
-        "too); unset, `tallygate up` embeds one.",
+        description="redis://, rediss:// or unix:// URL of one server, or valkey:// or valkeys://; "
+        "unset, `tallygate up` embeds one.",
     )
     timeout_ms: DurationMs = duration(
         "50ms", "timeout", "A check that takes longer counts as an outage: 503."

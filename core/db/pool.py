@@ -39,7 +39,11 @@ _UNAVAILABLE = (
 
 
 class ConstraintError(TallygateError):
-    """A row breaks a constraint of the schema; `constraint` is its name."""
+    """A row breaks a constraint of the schema; `constraint` is its name.
+
+    Or a value is none that Postgres can hold (a NUL in a text, a date out of range): then
+    `constraint` is ''.
+    """
 
     def __init__(self, message: str, constraint: str) -> None:
         self.constraint = constraint
@@ -183,7 +187,7 @@ class Database(_Runner):
     def _translated(self, name: str = "transaction") -> Iterator[None]:
         try:
             yield
-        except asyncpg.IntegrityConstraintViolationError as error:
+        except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
             self.healthy = True
             constraint = getattr(error, "constraint_name", None) or ""
             raise ConstraintError(f"{name}: {error}", constraint) from error
@@ -193,9 +197,9 @@ class Database(_Runner):
         except asyncpg.ClientConfigurationError as error:
             raise TallygateError(f"postgres.url: not a Postgres URL: {error}") from error
         except asyncpg.InterfaceError as error:
-            # asyncpg has one class for a lost connection and for wrong arguments; the latter is
-            # a bug that must stay visible.
-            if isinstance(error, asyncpg.DataError) or not _is_lost(str(error)):
+            # asyncpg has one class for a lost connection and for wrong arguments; the latter (its
+            # own DataError, a ValueError) is a bug that must stay visible.
+            if isinstance(error, ValueError) or not _is_lost(str(error)):
                 raise
             self.healthy = False
             raise _unavailable(name, error) from error

@@ -94,13 +94,26 @@ class Store:
             found: list[Mapping[bytes, bytes]] = await pipeline.execute()
         return [{name.decode(): text.decode() for name, text in row.items()} for row in found]
 
-    async def oldest(self, key: str, count: int) -> list[tuple[str, float]]:
-        """The first members of a sorted set with their scores."""
+    async def oldest(self, key: str, count: int, skip: int = 0) -> list[tuple[str, float]]:
+        """The first members of a sorted set, but for the first `skip`, with their scores."""
         with self._translated():
             rows: list[tuple[bytes, float]] = await self._client.zrange(
-                key, 0, count - 1, withscores=True
+                key, skip, skip + count - 1, withscores=True
             )
         return [(member.decode(), score) for member, score in rows]
+
+    async def above(self, key: str, score: int, count: int) -> list[str]:
+        """The first members of a sorted set whose score is above `score`."""
+        with self._translated():
+            rows: list[bytes] = await self._client.zrangebyscore(
+                key, f"({score}", "+inf", start=0, num=count
+            )
+        return [member.decode() for member in rows]
+
+    async def rescore(self, key: str, members: Sequence[str], score: int) -> None:
+        """Sets the score of those of `members` that are in a sorted set."""
+        with self._translated():
+            await self._client.zadd(key, dict.fromkeys(members, score), xx=True)
 
     async def score(self, key: str, member: str) -> int | None:
         """A member's score in a sorted set, which must be whole; None when it is not in it."""
@@ -118,11 +131,13 @@ class Store:
         with self._translated():
             return int(await self._client.zcard(key))
 
-    async def entries(self, stream: str, count: int) -> list[tuple[str, dict[str, str]]]:
-        """The first entries of a stream: id and fields."""
+    async def entries(
+        self, stream: str, count: int, after: str = ""
+    ) -> list[tuple[str, dict[str, str]]]:
+        """The first entries of a stream, or the first after the id `after`: id and fields."""
         with self._translated():
             rows: list[tuple[bytes, dict[bytes, bytes]]] = await self._client.xrange(
-                stream, count=count
+                stream, min=f"({after}" if after else "-", count=count
             )
         return [
             (entry.decode(), {name.decode(): text.decode() for name, text in fields.items()})

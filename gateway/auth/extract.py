@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from urllib.parse import quote_plus, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 from core.secrets import KEY_START
 
@@ -17,8 +17,8 @@ Headers = Iterable[tuple[bytes, bytes]]
 class Source:
     """Where a key was found, so that it can be taken out before the request goes on.
 
-    Exactly one is set: `header`, a lower-case name as in ASGI, or `query`, a parameter name as it
-    stands in a URL.
+    Exactly one is set: `header`, a lower-case name as in ASGI, or `query`, the decoded name of a
+    parameter.
     """
 
     __slots__ = ("header", "query")
@@ -53,8 +53,8 @@ class KeyExtractor:
         self._sources = {
             name: Source(header=name) for name in (text.lower().encode() for text in headers)
         }
-        self._query = quote_plus(query).encode() + b"=" if query else b""
-        self._query_source = Source(query=self._query[:-1])
+        self._query = query.encode() if query else b""
+        self._query_source = Source(query=self._query)
 
     def extract(self, headers: Headers, query_string: bytes) -> Found:
         """The key and its source; `(None, None)` when the request carries none.
@@ -82,15 +82,12 @@ class KeyExtractor:
         return other
 
     def _from_query(self, query_string: bytes) -> bytes:
-        start = self._query
         for part in query_string.split(b"&"):
-            if part.startswith(start):
-                value = part[len(start) :]
-                return unquote_to_bytes(value) if b"%" in value else value
+            name, _, value = part.partition(b"=")
+            if name != self._query:
+                if b"%" not in name and b"+" not in name:
+                    continue
+                if unquote_to_bytes(name.replace(b"+", b" ")) != self._query:
+                    continue
+            return unquote_to_bytes(value) if b"%" in value else value
         return b""
-
-
-def without_parameter(query_string: bytes, name: bytes) -> bytes:
-    """`query_string` without any `name=…` parameter, the rest byte for byte."""
-    start = name + b"="
-    return b"&".join(part for part in query_string.split(b"&") if not part.startswith(start))

@@ -13,6 +13,7 @@ from typing import Final, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
+from core import clock
 from gateway.proxy.errors import BadUpstreamResponse, ProxyError, UpstreamClosed
 from gateway.proxy.headers import RESPONSE_SPECIAL, Target, connection_tokens
 
@@ -22,7 +23,7 @@ READ_HIGH_WATER: Final = 64 * 1024
 
 # Bodies of a known length up to this are delivered whole: most servers write head and body
 # separately, and one ASGI message pair costs a third of a streamed answer. A body cut short then
-# becomes a clean 502 too.
+# becomes a clean 502 too. One that does not follow its head at once is streamed after all.
 GATHER_LIMIT: Final = 64 * 1024
 
 # No sane response head is larger; an endless one must not fill memory.
@@ -68,6 +69,7 @@ class UpstreamConnection(asyncio.Protocol):
         "closed",
         "complete",
         "error",
+        "head_at",
         "head_done",
         "headers",
         "idle_epoch",
@@ -105,6 +107,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.head_done = False
+        self.head_at = 0.0  # when the head was read; 0 when the whole answer came with it
         self.complete = False
         self.reusable = False
         self.answered = False  # at least one byte of an answer has arrived
@@ -165,6 +168,18 @@ class UpstreamConnection(asyncio.Protocol):
             if self._transport is not None and not self.closed:
                 self._transport.resume_reading()
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def gather_no_more(self) -> bool:
+        """Deliver what is there of an answer that was to be gathered whole; False if there is none.
+
+        For an answer that takes its time: its head is not to be held back, and the consumer sees
+        each piece of the body as a sign of life.
+        """
+        if not (self._gather and self.head_done) or self.complete:
+            return False
+        self._gather = False
+        self._wake()
+        return True
 
     def write(self, data: bytes) -> None:
         """Queue request body bytes; await `drain()` when `must_drain` says so."""
@@ -237,6 +252,8 @@ class UpstreamConnection(asyncio.Protocol):
             if self._head_bytes > MAX_HEAD:
                 self.fail(BadUpstreamResponse(f"response head over {MAX_HEAD} bytes"))
             return
+        if not self.complete and not self.head_at:
+            self.head_at = clock.monotonic()
         self._wake()
 
     def eof_received(self) -> None:

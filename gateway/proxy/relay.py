@@ -34,13 +34,16 @@ from gateway.proxy.watch import Exchange, Receive, ticks
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
-# Request bodies up to this are read whole before an upstream connection is taken: cheaper than a
-# second task, and a slow sender then holds no connection.
+# So much of a request body, or all of it, is read before an upstream connection is taken: cheaper
+# than a second task, and who sends nothing holds no connection. Its price is that an upstream does
+# not see less of a body than this before its end.
 INLINE_BODY: Final = 64 * 1024
 
 # Granian queues up to four pieces of body per response: their size decides what a client costs that
 # reads slowly (64 KiB instead of whatever was read: 1.7 instead of 4.2 MB).
 PIECE: Final = 64 * 1024
+
+_LAST_CHUNK: Final = b"0\r\n\r\n"
 
 # RFC 9110 section 9.2.2: sending one of these twice is as good as once.
 IDEMPOTENT: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"))
@@ -55,7 +58,10 @@ class Outcome(StrEnum):
 
 
 class RelayResult(NamedTuple):
-    """`bytes_in` and `bytes_out` count body bytes only; `upstream_ms` ends with the last of them.
+    """`bytes_in` and `bytes_out` count body bytes only.
+
+    `head_ms` and `upstream_ms` count from sending the request upstream: to the head of its answer,
+    and to the answer's last byte.
 
     `error` says why the outcome is not COMPLETE; `headers` are those of the started response, for
     whoever settles an actual cost by one of them.
@@ -68,6 +74,7 @@ class RelayResult(NamedTuple):
     outcome: Outcome
     error: ProxyError | None = None
     headers: Sequence[Header] = ()
+    head_ms: float = 0.0
 
 
 async def relay(
@@ -117,13 +124,22 @@ async def relay(
         body = conn.take()
         start = {"type": "http.response.start", "status": status, "headers": headers}
         if not conn.complete:
+            head_ms = run.head_ms(conn)
             result = await run.stream(send, start, body)
-            return result._replace(headers=headers)
+            return result._replace(headers=headers, head_ms=head_ms)
+        head_ms = run.head_ms(conn) if conn.head_at else 0.0
         upstream_ms = run.finish()
         await _start(send, start)
         await send({"type": "http.response.body", "body": body})
         return RelayResult(
-            status, exchange.bytes_in, len(body), upstream_ms, Outcome.COMPLETE, None, headers
+            status,
+            exchange.bytes_in,
+            len(body),
+            upstream_ms,
+            Outcome.COMPLETE,
+            None,
+            headers,
+            head_ms or upstream_ms,
         )
     finally:
         watcher.close(exchange)
@@ -149,9 +165,10 @@ class _Relay:
         exchange, pool, head = self._exchange, self._pool, self._head
         body = b""
         length = head.body_length
-        if 0 < length <= INLINE_BODY:
+        if length:
             body = await _read_body(exchange, length)
-            length = 0
+            if not exchange.receiving:
+                length = 0  # that was all of it
         conn = pool.get_idle()
         if conn is None:
             conn = await pool.acquire()
@@ -164,7 +181,6 @@ class _Relay:
                 raise exchange.error
             conn.begin(head.to(conn.target) + body, head.method == b"HEAD")
             if length:
-                exchange.receiving = True
                 exchange.body_sent = False
                 self._pump = asyncio.create_task(_send_body(exchange, conn, length))
             else:
@@ -240,6 +256,10 @@ class _Relay:
         upstream_ms = self.finish()
         return RelayResult(status, self._exchange.bytes_in, sent, upstream_ms, outcome, error)
 
+    def head_ms(self, conn: UpstreamConnection) -> float:
+        """The milliseconds until the head of the answer was read."""
+        return ((conn.head_at or clock.monotonic()) - self._began) * 1000
+
     def finish(self) -> float:
         """Give the connection back; returns the milliseconds it was used."""
         conn = self.conn
@@ -267,7 +287,9 @@ async def _start(send: Send, message: dict[str, Any]) -> None:
 
 
 async def _read_body(exchange: Exchange, length: int) -> bytes:
-    """All of a small body.
+    """The body, or the first `INLINE_BODY` bytes or more of it, framed as it is sent.
+
+    `exchange.receiving` stays true when there is more to come: nobody else may receive until then.
 
     Raises:
         RequestTimeout: it stopped arriving.
@@ -277,14 +299,19 @@ async def _read_body(exchange: Exchange, length: int) -> bytes:
     exchange.await_client_body()
     exchange.blocked = task = asyncio.current_task()
     chunks: list[bytes] = []
+    more = True
     try:
-        while exchange.bytes_in < length:
+        while exchange.bytes_in < INLINE_BODY:
             message = await exchange.receive()
             chunk = message.get("body", b"")
+            more = message.get("more_body", False)
             chunks.append(chunk)
             exchange.bytes_in += len(chunk)
-            if message["type"] == "http.disconnect" or (not chunk and not message["more_body"]):
+            if message["type"] == "http.disconnect" or (not more and exchange.bytes_in < length):
                 raise ClientDisconnected("the client closed the connection while sending")
+            if not more or exchange.bytes_in == length:
+                more = False
+                break
             exchange.await_client_body()
     except asyncio.CancelledError:
         if exchange.error is None or task is None:
@@ -293,16 +320,20 @@ async def _read_body(exchange: Exchange, length: int) -> bytes:
         raise exchange.error from None
     finally:
         exchange.blocked = None
-        exchange.receiving = False
         exchange.deadline = 0
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        exchange.receiving = more
+    body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    if length >= 0:
+        return body
+    return (_framed(body) if body else b"") + (b"" if more else _LAST_CHUNK)
 
 
 async def _send_body(exchange: Exchange, conn: UpstreamConnection, length: int) -> None:
-    """Pump the request body, at the slower one's pace; `length` is -1 for chunked.
+    """Pump the rest of the request body, at the slower one's pace; `length` is -1 for chunked.
 
     Ends without error when the connection is closed: the relay learns it from the connection.
     """
+    await _drained(exchange, conn)
     while not conn.closed:
         exchange.await_client_body()
         message = await exchange.receive()
@@ -312,16 +343,14 @@ async def _send_body(exchange: Exchange, conn: UpstreamConnection, length: int) 
         chunk: bytes = message["body"]
         if chunk:
             exchange.bytes_in += len(chunk)
-            conn.write(chunk if length >= 0 else b"%x\r\n%b\r\n" % (len(chunk), chunk))
-            if conn.must_drain:
-                exchange.await_upload()
-                await conn.drain()
+            conn.write(chunk if length >= 0 else _framed(chunk))
+            await _drained(exchange, conn)
         if not message["more_body"] or exchange.bytes_in == length:
             break
     if conn.closed:
         return
     if length < 0:
-        conn.write(b"0\r\n\r\n")
+        conn.write(_LAST_CHUNK)
     elif exchange.bytes_in != length:
         # Granian frames the body, so this cannot be; if it were, the upstream must not wait.
         exchange.abort(BadRequest("the body does not have the announced length"))
@@ -329,3 +358,13 @@ async def _send_body(exchange: Exchange, conn: UpstreamConnection, length: int) 
     exchange.body_sent = True
     exchange.receiving = False
     exchange.await_upstream()
+
+
+async def _drained(exchange: Exchange, conn: UpstreamConnection) -> None:
+    if conn.must_drain:
+        exchange.await_upload()
+        await conn.drain()
+
+
+def _framed(chunk: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(chunk), chunk)

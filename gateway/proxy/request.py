@@ -1,8 +1,12 @@
 """The request as the upstream gets it: its path and its header fields, as bytes.
 
 A `RequestRules` is compiled once per route. The path's percent-encoding is passed on byte for byte:
-what a router decodes to match is never what is forwarded. One thing ASGI cannot tell: `/a?` and
-`/a` arrive alike and leave as `/a`.
+what a router decodes to match is never what is forwarded.
+
+Two things the server in front does not tell. `/a?` and `/a` arrive alike and leave as `/a`. And of
+an absolute target (`GET http://a/b`) it passes on the path alone and leaves Host as it was sent,
+filling it from the target only when there is none: so Host, not the target, is what routes match
+and what X-Forwarded-Host says, both alike.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from gateway.forwarded import TrustedProxies
+from core.secrets import KEY_START
+from gateway.forwarded import TrustedProxies, forwarded_nodes
 from gateway.proxy.errors import BadRequest
 from gateway.proxy.headers import HOP_BY_HOP, Header, Target, connection_tokens
 
@@ -32,17 +37,31 @@ _FORWARDED: Final = frozenset(
         b"x-real-ip",
     )
 )
+# Fields that say something to this hop, or are rewritten.
+_READ: Final = _FORWARDED | {
+    b"host",
+    b"connection",
+    b"content-length",
+    b"transfer-encoding",
+    b"x-request-id",
+}
 # `expect` is answered by the server in front: it sends 100 when the body is first asked for.
-_SPECIAL: Final = (
-    HOP_BY_HOP
-    | _FORWARDED
-    | {b"host", b"expect", b"content-length", b"x-request-id", b"http2-settings"}
+_DROPPED: Final = (HOP_BY_HOP | {b"expect", b"http2-settings"}) - _READ
+
+_KEY_START: Final = KEY_START.encode()
+
+# RFC 3986's reg-name, IP-literal and port. No comma: X-Forwarded-Host is read as a list.
+_HOST_BYTES: Final = (
+    b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+;=%:[]"
 )
 
 _PROTO: Final = {
     "http": b"x-forwarded-proto: http\r\n",
     "https": b"x-forwarded-proto: https\r\n",
 }
+
+# Granian's spelling, and ASGI's. Without Host, Granian makes up an empty one.
+_HOSTLESS: Final = ("1", "1.0")
 
 # A request id longer than this is replaced: it ends up in every log line on the way.
 MAX_REQUEST_ID: Final = 128
@@ -73,25 +92,43 @@ class RequestRules:
 
     Args:
         strip_prefix: removed from the path, at a segment boundary; empty keeps the path.
-        drop_headers: lower-case names never forwarded, such as the one with the API key.
-        drop_query: query parameters never forwarded, likewise.
+        drop_headers: names never forwarded, such as that of the field the API key was read from.
+        key_headers: further names a key may be read from: a field of such a name is forwarded
+            unless it holds a key, so that the upstream's own credentials pass beside ours.
+        drop_query: query parameters (decoded names) never forwarded.
+        key_query: query parameters forwarded unless they hold a key.
         trusted: peers whose X-Forwarded-* and Forwarded fields are believed and continued.
     """
 
-    __slots__ = ("_drop_query", "_special", "_strip", "_trusted")
+    __slots__ = (
+        "_drop_query",
+        "_dropped",
+        "_key_headers",
+        "_key_query",
+        "_last_host",
+        "_special",
+        "_strip",
+        "_trusted",
+    )
 
     def __init__(
         self,
         *,
         strip_prefix: str = "",
         drop_headers: Collection[bytes] = (),
+        key_headers: Collection[bytes] = (),
         drop_query: Collection[str] = (),
+        key_query: Collection[str] = (),
         trusted: TrustedProxies | None = None,
     ) -> None:
         self._strip = strip_prefix.rstrip("/").encode()
-        self._special = _SPECIAL | frozenset(name.lower() for name in drop_headers)
+        self._dropped = _DROPPED | frozenset(name.lower() for name in drop_headers)
+        self._key_headers = frozenset(name.lower() for name in key_headers) - self._dropped
+        self._special = _READ | self._dropped | self._key_headers
         self._drop_query = frozenset(name.encode() for name in drop_query)
+        self._key_query = frozenset(name.encode() for name in key_query)
         self._trusted = trusted or TrustedProxies(())
+        self._last_host = b""  # the last one found good: checking costs more than comparing
 
     def head(self, scope: Scope, request_id: bytes = b"") -> RequestHead:
         """Compile the head of one request.
@@ -99,7 +136,8 @@ class RequestRules:
         `request_id` is sent as X-Request-Id unless the client sent a usable one, which is kept.
 
         Raises:
-            BadRequest: contradictory framing, or bytes that could end a field early.
+            BadRequest: contradictory framing, not exactly one Host (RFC 9112 section 3.2), or
+                bytes that could end a field early.
         """
         lines: list[bytes] = []
         special: list[Header] = []
@@ -109,12 +147,20 @@ class RequestRules:
                 special.append(pair)
             else:
                 lines.append(b"%b: %b\r\n" % pair)
-        host = b""
+        host: bytes | None = None
         length = b""
         chunked = False
+        dropped = self._dropped
+        named: tuple[bytes, ...] = ()
         forwarded: list[Header] = []
         for name, value in special:
+            if name in dropped:
+                continue
             if name == b"host":
+                if host is not None:
+                    raise BadRequest("more than one Host")
+                if value != self._last_host:
+                    self._check_host(value)
                 host = value
             elif name == b"content-length":
                 if length and length != value:
@@ -128,10 +174,17 @@ class RequestRules:
                 if 0 < len(value) <= MAX_REQUEST_ID:
                     request_id = value
             elif name == b"connection":
-                if named := connection_tokens(value):
-                    lines = [line for line in lines if line.partition(b":")[0] not in named]
+                named += connection_tokens(value)
             elif name in _FORWARDED:
                 forwarded.append((name, value))
+            elif name in self._key_headers and _KEY_START not in value:
+                lines.append(b"%b: %b\r\n" % (name, value))
+        if named:
+            lines = [line for line in lines if line.partition(b":")[0] not in named]
+        if not host:
+            if scope["http_version"] not in _HOSTLESS:
+                raise BadRequest("a request has to name its Host")
+            host = b""
         peer: str = scope["client"][0]
         if forwarded and self._trusted.trusts(peer):
             lines += continued(forwarded, peer, host, scope["scheme"])
@@ -143,7 +196,7 @@ class RequestRules:
             )
         if request_id:
             lines.append(b"x-request-id: %b\r\n" % request_id)
-        body_length = _framing(lines, length, chunked)
+        body_length = _framing(lines, length, chunked) if length or chunked else 0
         fields = b"".join(lines)
         # Each line brought one CR and one LF: any other came from inside a value.
         if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
@@ -156,13 +209,18 @@ class RequestRules:
             request_id,
         )
 
+    def _check_host(self, host: bytes) -> None:
+        if host.translate(None, _HOST_BYTES):
+            raise BadRequest("the value of Host is no host")
+        self._last_host = host
+
     def _path(self, scope: Scope) -> bytes:
         raw: bytes = scope["raw_path"] or b"/"
         if self._strip:
             raw = strip_prefix(raw, self._strip)
         query: bytes = scope["query_string"]
-        if query and self._drop_query:
-            query = drop_parameters(query, self._drop_query)
+        if query and (self._drop_query or self._key_query):
+            query = drop_parameters(query, self._drop_query, self._key_query)
         return b"%b?%b" % (raw, query) if query else raw
 
 
@@ -173,8 +231,6 @@ def _framing(lines: list[bytes], length: bytes, chunked: bool) -> int:
             raise BadRequest("both Content-Length and Transfer-Encoding")
         lines.append(b"transfer-encoding: chunked\r\n")
         return -1
-    if not length:
-        return 0
     if not length.isdigit() or len(length) > 18:
         raise BadRequest("invalid content length")
     lines.append(b"content-length: %b\r\n" % length)
@@ -184,18 +240,22 @@ def _framing(lines: list[bytes], length: bytes, chunked: bool) -> int:
 def continued(forwarded: list[Header], peer: str, host: bytes, scheme: str) -> list[bytes]:
     """The forwarding lines when a trusted proxy sent some: its chain, with the peer appended.
 
-    X-Forwarded-Proto and -Host describe the first hop, so the proxy's values win over ours.
-    Forwarded (RFC 7239) is continued where it is used, never introduced.
+    X-Forwarded-Proto and -Host describe the first hop, so the proxy's values win over ours. Where
+    it sends only Forwarded (RFC 7239), X-Forwarded-For is made from that; Forwarded itself is
+    continued where it is used, never introduced.
     """
     chain: dict[bytes, list[bytes]] = {}
     for name, value in forwarded:
         chain.setdefault(name, []).append(value)
-    chain.setdefault(b"x-forwarded-for", []).append(peer.encode("ascii"))
+    nodes = chain.get(b"forwarded")
+    if b"x-forwarded-for" not in chain:
+        chain[b"x-forwarded-for"] = forwarded_nodes(nodes) if nodes else []
+    chain[b"x-forwarded-for"].append(peer.encode("ascii"))
     chain.setdefault(b"x-forwarded-proto", [scheme.encode("ascii")])
     chain.setdefault(b"x-forwarded-host", [host])
-    if b"forwarded" in chain:
+    if nodes:
         node = f'"[{peer}]"' if ":" in peer else peer
-        chain[b"forwarded"].append(f"for={node};proto={scheme}".encode("ascii"))
+        nodes.append(f"for={node};proto={scheme}".encode("ascii"))
     return [b"%b: %b\r\n" % (name, b", ".join(values)) for name, values in chain.items()]
 
 
@@ -231,11 +291,18 @@ def _encoded_cut(raw: bytes, prefix: bytes) -> int:
     return at
 
 
-def drop_parameters(query: bytes, names: frozenset[bytes]) -> bytes:
-    """`query` without the parameters of these (decoded) names; all else byte for byte."""
-    kept = [
-        part
-        for part in query.split(b"&")
-        if unquote_to_bytes(part.partition(b"=")[0].replace(b"+", b" ")) not in names
-    ]
+def drop_parameters(
+    query: bytes, names: frozenset[bytes], key_names: frozenset[bytes] = frozenset()
+) -> bytes:
+    """`query` without the parameters of these (decoded) names; all else byte for byte.
+
+    Those in `key_names` go only when their value holds a key of ours.
+    """
+    kept = []
+    for part in query.split(b"&"):
+        name, _, value = part.partition(b"=")
+        decoded = unquote_to_bytes(name.replace(b"+", b" "))
+        if decoded in names or (decoded in key_names and _KEY_START in unquote_to_bytes(value)):
+            continue
+        kept.append(part)
     return b"&".join(kept)

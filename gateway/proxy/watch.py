@@ -166,6 +166,8 @@ class Watch:
         for exchange in tuple(self._exchanges):
             if exchange.started > tick - ARM_AFTER:
                 break  # all that follow are younger
+            if exchange.conn is not None and exchange.conn.gather_no_more():
+                continue
             if exchange.deadline and tick >= exchange.deadline:
                 exchange.expire()
             elif exchange.watcher is None and not exchange.receiving and exchange.error is None:

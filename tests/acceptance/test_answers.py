@@ -175,9 +175,20 @@ def test_keyless_routes_count_each_client_address_apart(own_stack: Callable[...,
     for address in ("192.0.2.1", "192.0.2.2", "2001:db8::1"):
         assert [ask(address, number % 2) for number in range(5)] == [200, 200, 200, 429, 429]
     assert stack.get("/public/x").status_code == 200  # this client's own address
+    # A customer has all addresses of an IPv6 /64: they are counted as one.
+    assert [ask(f"2001:db8::{n:x}", 0) for n in (1, 2, 0xFFFF)] == [429, 429, 429]
+    assert ask("2001:db8:0:1::1", 0) == 200
     # Nothing of it is in the ledger: there is nobody to bill.
     stack.quiet()
     assert stack.redis.zcard("tg1:{0}:dirty") == 0
+
+
+def test_the_http_server_does_not_name_itself(stack: Stack) -> None:
+    who = stack.subscribe("thousands")
+    for answer in (stack.get("/api/x", who.key), stack.get("/api/x"), stack.get("/-/healthz")):
+        assert answer.headers.get_list("server") == ["tallygate"]
+    # An upstream's own name is passed on.
+    assert stack.get("/api/named", who.key).headers.get_list("server") == ["upstream"]
 
 
 def test_a_claimed_address_is_not_believed_of_a_stranger(stack: Stack) -> None:

@@ -81,6 +81,14 @@ def test_limits_change_under_load_and_a_bad_file_does_not(
             wait_until(lambda: _refused(stack) == 2 * processes, IN_FORCE_S, "no YAML refused")
             assert _limits(stack, sold.key) == {"1200"}
 
+            # A valid file that cannot follow this one: what was counted would be read in another
+            # unit.
+            other_unit = _config(1600).replace("{unit: credit}", "{unit: credit, decimals: 2}")
+            assert other_unit != _config(1600)
+            stack.write_config(other_unit)
+            wait_until(lambda: _refused(stack) == 3 * processes, IN_FORCE_S, "a new unit refused")
+            assert _limits(stack, sold.key) == {"1200"}
+
             # Mended: applied, and the metric is back.
             stack.write_config(_config(1510))
             wait_until(lambda: _applied(stack) == 4 * processes, IN_FORCE_S, "the mended file")

@@ -5,6 +5,7 @@
     GET /…/hold          answers when `/-/release` is next asked for
     GET /-/seen          JSON: `served` and `peak` (most at once) by X-Who and path, `in_flight`
     GET /-/release       answers everything that is held
+    GET /…/named         names itself in the Server field
     *   anything else    200, a few bytes
 
 A request is counted when it arrives, under `<X-Who> <path>`. Run:
@@ -73,6 +74,8 @@ class Upstream(asyncio.Protocol):
         elif path.endswith("/slow"):
             delay = int(parse_qs(query)["ms"][0]) / 1000
             self._later(name, asyncio.ensure_future(asyncio.sleep(delay)))
+        elif path.endswith("/named"):
+            self.transport.write(_OK.replace(b"\r\n", b"\r\nserver: upstream\r\n", 1))
         elif path.endswith("/echo"):
             self._json({"path": path, "query": query, "headers": self.headers})
         else:

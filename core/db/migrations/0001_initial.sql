@@ -55,6 +55,14 @@ CREATE INDEX api_keys_subscription ON api_keys (subscription_id, id);
 -- times; so there are none among the ledger tables either. A refund may come an hour or a period
 -- later than what it refunds, so a total may be below zero.
 
+-- What a meter's counts are made of: fixed by its first use, kept when the configuration drops it.
+CREATE TABLE meters (
+    name        text PRIMARY KEY CHECK (name <> ''),
+    decimals    integer NOT NULL CHECK (decimals >= 0),
+    aggregation text NOT NULL CHECK (aggregation IN ('sum', 'max', 'last')),
+    created_at  timestamptz NOT NULL DEFAULT now()
+);
+
 CREATE TABLE ledger_subjects (
     subject    text PRIMARY KEY CHECK (subject <> ''),
     epoch      bigint NOT NULL,
@@ -89,7 +97,8 @@ CREATE TABLE ledger_hours (
     epoch        bigint NOT NULL,
     version      bigint NOT NULL,
     updated_at   timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (subject, meter, period_start, hour_start)
+    -- hours first: what is rebuilt is an aggregate over some of the hours of a subject and meter
+    PRIMARY KEY (subject, meter, hour_start, period_start)
 );
 CREATE INDEX ledger_hours_hour ON ledger_hours (hour_start);
 
@@ -107,9 +116,10 @@ CREATE TABLE limit_events (
     occurred_at    timestamptz NOT NULL,
     stream_id      text, -- the Redis stream entry that brought it
     created_at     timestamptz NOT NULL DEFAULT now(),
-    -- once a period, however often the stream is read
-    UNIQUE (subject, limit_name, period_start, kind, threshold)
+    -- once a period and height of the limit, however often the stream is read
+    UNIQUE (subject, limit_name, period_start, kind, threshold, limit_quantity)
 );
+CREATE INDEX limit_events_subject_end ON limit_events (subject, period_end);
 CREATE INDEX limit_events_subject_time ON limit_events (subject, occurred_at DESC);
 CREATE INDEX limit_events_time ON limit_events (occurred_at);
 

@@ -1,4 +1,4 @@
--- What the ledger knows of subjects whose live state is missing. Used by core/admission/baseline.py.
+-- What the ledger knows of subjects whose live state is missing. Used by core/admission/ledger.py.
 
 -- name: claim_epochs
 -- A new epoch for each subject. The row lock makes a flush of an older state wait, and that flush
@@ -11,23 +11,73 @@ RETURNING subject, epoch, version;
 -- name: read_epochs
 SELECT subject, epoch, version FROM ledger_subjects WHERE subject = ANY ($1::text[]);
 
--- name: current_periods
-SELECT subject, meter, period_start, period_end, total, overage
-FROM ledger_periods
-WHERE subject = ANY ($1::text[]) AND period_start <= $2 AND period_end > $2
-ORDER BY subject, meter, period_start;
+-- name: consistent_read
+-- First in a transaction: what follows sees one state of the ledger, whatever is flushed meanwhile.
+SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY;
 
--- name: hours_since
--- Every counter that is rebuilt is an aggregate over a part of these.
-SELECT subject, meter, period_start, hour_start, total, overage
-FROM ledger_hours
-WHERE subject = ANY ($1::text[]) AND hour_start >= $2
-ORDER BY subject, meter, hour_start, period_start;
+-- name: latest_records
+-- Each meter's latest period with its latest hour, also when it has ended, or begins only after the
+-- present because Redis' clock is behind: the script rolls it over as it would have a live one.
+SELECT p.subject, p.meter, p.period_start, p.period_end, p.total, p.overage,
+       h.hour_start, h.total AS hour_total, h.overage AS hour_overage
+FROM (
+    SELECT DISTINCT ON (subject, meter) *
+    FROM ledger_periods
+    WHERE subject = ANY ($1::text[])
+    ORDER BY subject, meter, period_start DESC
+) p
+LEFT JOIN LATERAL (
+    SELECT l.hour_start, l.total, l.overage
+    FROM ledger_hours l
+    WHERE l.subject = p.subject AND l.meter = p.meter AND l.period_start = p.period_start
+    ORDER BY l.hour_start DESC LIMIT 1
+) h ON true;
+
+-- name: span_totals
+-- Aggregates over the hours that start in [from_hour, to_hour), by position in the arrays; a span
+-- without hours is left out. The last value is the last one that was counted: an hour that a meter
+-- passed without a count says nothing.
+SELECT t.position, s.total, s.highest, v.total AS last, v.hour_start, v.period_start
+FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[])
+    WITH ORDINALITY AS t (subject, meter, from_hour, to_hour, position)
+CROSS JOIN LATERAL (
+    SELECT sum(l.total) AS total, max(l.total) AS highest
+    FROM ledger_hours l
+    WHERE l.subject = t.subject AND l.meter = t.meter
+      AND l.hour_start >= t.from_hour AND l.hour_start < t.to_hour
+) s
+LEFT JOIN LATERAL (
+    SELECT l.total, l.hour_start, l.period_start
+    FROM ledger_hours l
+    WHERE l.subject = t.subject AND l.meter = t.meter
+      AND l.hour_start >= t.from_hour AND l.hour_start < t.to_hour AND l.total > 0
+    ORDER BY l.hour_start DESC, l.period_start DESC LIMIT 1
+) v ON true
+WHERE s.total IS NOT NULL;
+
+-- name: these_hours
+-- What the ledger has of hours that a live state holds too.
+SELECT l.subject, l.meter, l.period_start, l.hour_start, l.total
+FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[])
+    AS t (subject, meter, period_start, hour_start)
+JOIN ledger_hours l ON l.subject = t.subject AND l.meter = t.meter
+    AND l.hour_start = t.hour_start AND l.period_start = t.period_start;
 
 -- name: thresholds_fired
--- 101 stands for "above the limit", as in core/admission/program.py.
-SELECT subject, limit_name, period_start,
+-- For each limit the highest threshold of the latest period that has not ended, under the height
+-- that the limit had last. 101 stands for "above the limit", as in core/admission/program.py.
+SELECT DISTINCT ON (subject, limit_name)
+       subject, limit_name, meter, period_start, limit_quantity,
        max(CASE kind WHEN 'exceeded' THEN 101 ELSE threshold END) AS highest
 FROM limit_events
-WHERE subject = ANY ($1::text[]) AND period_start <= $2 AND period_end > $2 AND kind <> 'reset'
-GROUP BY subject, limit_name, period_start;
+WHERE subject = ANY ($1::text[]) AND period_end > $2 AND kind <> 'reset'
+GROUP BY subject, limit_name, meter, period_start, limit_quantity
+ORDER BY subject, limit_name, period_start DESC, max(occurred_at) DESC, max(id) DESC;
+
+-- name: pin_meters
+INSERT INTO meters (name, decimals, aggregation)
+SELECT * FROM unnest($1::text[], $2::int[], $3::text[])
+ON CONFLICT (name) DO NOTHING;
+
+-- name: read_meters
+SELECT name, decimals, aggregation FROM meters;

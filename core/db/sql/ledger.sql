@@ -18,6 +18,8 @@ WHERE l.epoch <= excluded.epoch
 RETURNING subject, version;
 
 -- name: store_periods
+-- Not taken, and not counted as touched, is a row that would lower a total within its epoch: Redis
+-- lost writes and counted on from an older state. Only a meter of the last value may fall.
 INSERT INTO ledger_periods AS l
     (subject, meter, period_start, period_end, total, overage, epoch, version, updated_at)
 SELECT t.subject, t.meter, t.period_start, t.period_end, t.total, t.overage, t.epoch, t.version, now()
@@ -27,9 +29,13 @@ FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[], $5::nu
 ON CONFLICT (subject, meter, period_start) DO UPDATE
 SET period_end = excluded.period_end, total = excluded.total, overage = excluded.overage,
     epoch = excluded.epoch, version = excluded.version, updated_at = excluded.updated_at
-WHERE (excluded.epoch, excluded.version) > (l.epoch, l.version);
+WHERE (excluded.epoch, excluded.version) >= (l.epoch, l.version)
+  AND (excluded.epoch > l.epoch OR excluded.total >= l.total
+       OR NOT EXISTS (SELECT FROM meters m
+                      WHERE m.name = excluded.meter AND m.aggregation <> 'last'));
 
 -- name: store_hours
+-- As store_periods.
 INSERT INTO ledger_hours AS l
     (subject, meter, period_start, hour_start, total, overage, epoch, version, updated_at)
 SELECT t.subject, t.meter, t.period_start, t.hour_start, t.total, t.overage, t.epoch, t.version, now()
@@ -39,10 +45,14 @@ FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[], $5::nu
 ON CONFLICT (subject, meter, period_start, hour_start) DO UPDATE
 SET total = excluded.total, overage = excluded.overage,
     epoch = excluded.epoch, version = excluded.version, updated_at = excluded.updated_at
-WHERE (excluded.epoch, excluded.version) > (l.epoch, l.version);
+WHERE (excluded.epoch, excluded.version) >= (l.epoch, l.version)
+  AND (excluded.epoch > l.epoch OR excluded.total >= l.total
+       OR NOT EXISTS (SELECT FROM meters m
+                      WHERE m.name = excluded.meter AND m.aggregation <> 'last'));
 
 -- name: store_events
--- Once per subject, limit, period, kind and threshold, however often an event is delivered.
+-- Once per subject, limit, period, kind, threshold and height of the limit, however often an event
+-- is delivered.
 INSERT INTO limit_events
     (subject, limit_name, meter, kind, threshold, usage, limit_quantity, period_start, period_end,
      occurred_at, stream_id)
@@ -52,7 +62,7 @@ FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::int[], $6::numer
             $7::numeric[], $8::timestamptz[], $9::timestamptz[], $10::timestamptz[], $11::text[])
     AS t (subject, limit_name, meter, kind, threshold, usage, limit_quantity, period_start,
           period_end, occurred_at, stream_id)
-ON CONFLICT (subject, limit_name, period_start, kind, threshold) DO NOTHING
+ON CONFLICT (subject, limit_name, period_start, kind, threshold, limit_quantity) DO NOTHING
 RETURNING subject, limit_name, kind, threshold;
 
 -- name: ledger_of_subject

@@ -8,10 +8,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from core import clock
+from core.admission.ledger import Catalogue
 from core.admission.program import CalendarUse, calendar_use, compile_program
-from core.admission.seeder import Catalogue, Seeder
+from core.admission.seeder import Seeder
 from core.db import Database, connect_pool
 from core.keyspace import Keyspace
+from core.meters import MeterRegistry
 from core.policy import Aggregation, Meter, Plan
 from core.redis.scripts import load
 from core.redis.store import Store
@@ -96,7 +98,7 @@ async def stack(
     await batcher.start()
     calendars = calendar_use(plans)
     catalogue = Catalogue(METERS, calendars)
-    seeder = Seeder(store, database, lambda: catalogue)
+    seeder = Seeder(store, database, lambda: catalogue, MeterRegistry(METERS))
     leases = Leases(store)
     limiter = Limiter(batcher, seeder, leases, keyspace)
     try:

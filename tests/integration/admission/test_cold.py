@@ -17,6 +17,7 @@ import pytest
 from core import clock
 from core.clock import to_datetime
 from core.errors import StoreUnavailableError
+from core.meters import MeterRegistry
 from core.period import HOUR_MS, billing_period
 from core.policy import PeriodKind, Quota
 from reconciler.flush import Flusher
@@ -78,7 +79,7 @@ def test_cold_in_three_processes_at_once(valkey: str, database: str) -> None:
 
     async def check() -> None:
         async with stack(valkey, database, PLAN) as s:
-            await Flusher(s.store, s.database, s.keyspace, METERS.get).flush_all()
+            await Flusher(s.store, s.database, s.keyspace, MeterRegistry(METERS)).flush_all()
             for subject, before in subjects.items():
                 if before < QUOTA:
                     rows = await s.database.fetch("ledger_of_subject", subject, 10)
@@ -105,7 +106,7 @@ def test_wiped_again_and_again_while_in_use(valkey: str, database: str) -> None:
 
     async def main() -> None:
         async with stack(valkey, database, PLAN) as one, stack(valkey, database, PLAN) as two:
-            flusher = Flusher(one.store, one.database, one.keyspace, METERS.get)
+            flusher = Flusher(one.store, one.database, one.keyspace, MeterRegistry(METERS))
             admissions = one.admission(PLAN), two.admission(PLAN)
             total = 0
             for _ in range(12):

@@ -13,6 +13,7 @@ import pytest
 from core.admission.program import Verdict, compile_program
 from core.clock import from_datetime, to_datetime
 from core.errors import StoreUnavailableError
+from core.meters import MeterRegistry
 from core.period import HOUR_MS, billing_period, calendar_period
 from core.policy import Action, FixedWindow, PeriodKind, Plan, Quota, SlidingWindow
 from reconciler.events import EventStore
@@ -63,7 +64,7 @@ async def seed(s: Stack, plan: Plan, subject: str = "s", now_ms: int = NOW_MS) -
 
 
 async def flush(s: Stack) -> None:
-    await Flusher(s.store, s.database, s.keyspace, METERS.get).flush_all()
+    await Flusher(s.store, s.database, s.keyspace, MeterRegistry(METERS)).flush_all()
 
 
 def remaining(scripts: Scripts, s: Stack, plan: Plan, **costs: int) -> dict[str, int]:
@@ -285,7 +286,7 @@ def test_a_flush_that_comes_after_the_wipe_is_refused(
     async def check(s: Stack) -> None:
         from reconciler.flush import FlushResult
 
-        flusher = Flusher(s.store, s.database, s.keyspace, METERS.get)
+        flusher = Flusher(s.store, s.database, s.keyspace, MeterRegistry(METERS))
         program = compile_program(quota, {"requests": 1}, METERS, {})
         scripts.seed("s")
         for _ in range(5):
@@ -315,7 +316,7 @@ def test_thresholds_do_not_fire_again_after_a_wipe(
 
     async def check(s: Stack) -> None:
         await seed(s, quota)
-        events = EventStore(s.store, s.database, s.keyspace, METERS.get)
+        events = EventStore(s.store, s.database, s.keyspace, MeterRegistry(METERS))
         program = compile_program(quota, {"requests": 1}, METERS, {})
         for _ in range(9):
             scripts.admit("s", program, span=SPAN)

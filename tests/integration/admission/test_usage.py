@@ -20,6 +20,7 @@ from core.config import Snapshot, load
 from core.db import Database, connect_pool
 from core.errors import NotFoundError
 from core.keyspace import Keyspace
+from core.meters import MeterRegistry
 from core.period import DAY_MS, HOUR_MS, billing_period
 from core.redis.store import Store
 from core.usage import LimitUsage, Usage, read_usage
@@ -92,7 +93,7 @@ class World:
             assert self.scripts.admit(self.subscription.id, program, span=self.span).admitted
 
     async def flush(self) -> None:
-        meters = self.snapshot.meters.get
+        meters = MeterRegistry(self.snapshot.meters)
         await Flusher(self.store, self.database, self.keyspace, meters).flush_all()
         await EventStore(self.store, self.database, self.keyspace, meters).store_all()
 

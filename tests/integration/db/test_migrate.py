@@ -55,6 +55,7 @@ def test_a_fresh_database_gets_everything_and_a_second_run_nothing(empty_databas
         "customers",
         "subscriptions",
         "api_keys",
+        "meters",
         "ledger_subjects",
         "ledger_periods",
         "ledger_hours",

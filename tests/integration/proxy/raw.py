@@ -136,6 +136,12 @@ def answering(*answers: bytes, requests: list[Request] | None = None) -> Script:
     return script
 
 
+async def silent(peer: Peer) -> None:
+    """A script: takes a request and never answers."""
+    await peer.request()
+    await peer.gone(30)
+
+
 def ok(body: bytes = b"ok", *extra: str) -> bytes:
     lines = ["HTTP/1.1 200 OK", f"content-length: {len(body)}", *extra, "", ""]
     return "\r\n".join(lines).encode() + body

@@ -50,7 +50,7 @@ class App:
             trusted=TrustedProxies(filter(None, env.get("TRUSTED", "").split(","))),
         )
         self.outcomes: Counter[str] = Counter()
-        self.results: list[Any] = []
+        self.last: list[float] = []
         self.process = psutil.Process()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -74,6 +74,7 @@ class App:
                 await answer(send, error.status, str(error).encode())
         else:
             self.outcomes[str(result.outcome)] += 1
+            self.last = [result.head_ms, result.upstream_ms]
 
     def stats(self) -> dict[str, Any]:
         pool = self.pool
@@ -88,6 +89,7 @@ class App:
             "size": pool.size,
             "failures": pool.failures,
             "outcomes": self.outcomes,
+            "last": self.last,
         }
 
 

@@ -1,25 +1,19 @@
-"""Time-outs, clients that go away, pool limits and back-pressure."""
+"""Time-outs, clients that go away, and back-pressure."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 
 import pytest
 
 from tests.integration.proxy.conftest import Gateway, GatewayFactory
-from tests.integration.proxy.raw import Client, Peer, answering, ok, on_loop
+from tests.integration.proxy.raw import Client, Peer, ok, on_loop, silent
 from tests.support.wait import wait_until_async
 
 MIB = 1024 * 1024
 # What the relay may add while it passes a body on, whatever the body's size.
 RSS_ALLOWED = 20 * MIB
-
-
-async def silent(peer: Peer) -> None:
-    await peer.request()
-    await peer.gone(30)
 
 
 @on_loop
@@ -67,82 +61,56 @@ async def test_a_slow_answer_in_pieces_is_no_timeout(gateway: GatewayFactory) ->
 
 
 @on_loop
-async def test_connecting_times_out(gateway: GatewayFactory) -> None:
-    """A full accept queue: the connection is neither refused nor made."""
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        address = deaf.getsockname()
-        fillers = [socket.socket() for _ in range(4)]
-        for filler in fillers:
-            filler.setblocking(False)
-            filler.connect_ex(address)
-        async with gateway(
-            answering(ok()), f"http://127.0.0.1:{address[1]}", connect_ms=200
-        ) as relay:
-            answer = await relay.ask("GET /x")
-            stats = await relay.quiet()
-        for filler in fillers:
-            filler.close()
-    assert answer.status == 504
-    assert (stats["size"], stats["failures"]) == (0, 1)
-
-
-@on_loop
-async def test_the_pool_is_bounded_and_queues(gateway: GatewayFactory) -> None:
-    open_now = asyncio.Event()
+async def test_a_small_answer_in_pieces_is_no_timeout_either(gateway: GatewayFactory) -> None:
+    """Nor is its head held back until the last piece."""
+    go_on = asyncio.Event()
 
     async def script(peer: Peer) -> None:
-        while True:
-            await peer.request()
-            await open_now.wait()
-            await peer.send(ok())
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\n")
+        await go_on.wait()
+        for _ in range(6):
+            await asyncio.sleep(0.15)  # the pace of this upstream, not a wait for something
+            await peer.send(b"x")
+        await peer.gone()
 
-    async with gateway(script, max_connections=2, connect_ms=5000) as relay:
-        asked = [asyncio.create_task(relay.ask("GET /x")) for _ in range(6)]
-        await relay.until(lambda s: s["watched"] == 6, "six in flight")
-        assert (await relay.stats())["size"] == 2
-        open_now.set()
-        assert {answer.status for answer in await asyncio.gather(*asked)} == {200}
+    async with gateway(script, response_ms=500) as relay, relay.client() as client:
+        await client.send(client.head("GET /x"))
+        assert (await client.answer_head()).status == 200
+        go_on.set()
+        assert await client.reader.readexactly(6) == b"xxxxxx"
         stats = await relay.quiet()
-    assert relay.upstream.connections == 2
-    assert (stats["opened"], stats["idle"], stats["size"]) == (2, 2, 2)
+    head_ms, upstream_ms = stats["last"]
+    assert 0 < head_ms < 500
+    assert upstream_ms > 900
 
 
 @on_loop
-async def test_a_full_pool_refuses_after_the_connect_timeout(gateway: GatewayFactory) -> None:
-    async with gateway(silent, max_connections=1, connect_ms=200) as relay:
-        async with relay.client() as first:
-            await first.send(first.head("GET /x"))
-            await relay.until(lambda s: s["in_use"] == 1, "in use")
-            assert (await relay.ask("GET /y")).status == 503
-        await relay.quiet()
+async def test_a_small_answer_that_falls_silent_is_broken_off(gateway: GatewayFactory) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nxxx")
+        await peer.gone()
+
+    async with gateway(script, response_ms=300) as relay:
+        answer = await relay.ask("GET /x")
+        stats = await relay.quiet()
+    assert (answer.status, answer.body, answer.clean) == (200, b"xxx", False)
+    assert stats["outcomes"] == {"broken": 1}
 
 
 @on_loop
-async def test_idle_connections_expire(gateway: GatewayFactory) -> None:
-    async with gateway(answering(ok()), keepalive_ms=200) as relay:
-        assert (await relay.ask("GET /x")).status == 200
-        await relay.until(lambda s: s["size"] == 0, "expired")
+async def test_the_time_to_the_head_of_a_whole_answer(gateway: GatewayFactory) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await asyncio.sleep(0.2)  # the pace of this upstream
+        await peer.send(ok())
+        await peer.gone()
 
-
-@on_loop
-async def test_urls_take_turns(gateway: GatewayFactory) -> None:
-    async with gateway(answering(ok())) as relay:
-        one = relay.upstream.url
-        two = one.replace("127.0.0.1", "localhost")
-        hosts = []
-
-        async def script(peer: Peer) -> None:
-            while True:
-                hosts.append((await peer.request()).get("host")[0].split(":")[0])
-                await peer.send(ok())
-
-        relay.upstream.script = script
-        async with gateway(script, one, two) as both:
-            for _ in range(4):
-                assert (await both.ask("GET /x")).status == 200
-        assert sorted(hosts) == ["127.0.0.1"] * 2 + ["localhost"] * 2
+    async with gateway(script) as relay:
+        await relay.ask("GET /x")
+        head_ms, upstream_ms = (await relay.stats())["last"]
+    assert 190 < head_ms <= upstream_ms
 
 
 @on_loop

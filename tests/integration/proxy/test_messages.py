@@ -27,6 +27,34 @@ async def test_a_get_arrives_with_its_path_byte_for_byte(gateway: GatewayFactory
     assert not seen[0].get("x-api-key")
 
 
+@pytest.mark.parametrize(
+    ("line", "hosts", "seen"),
+    [
+        ("GET http://target.example/x", ["Host: api.example"], "api.example"),
+        ("GET http://target.example/x", [], "target.example"),
+        ("GET http://target.example/x", ["Host: a", "Host: a"], None),
+        ("GET /x", [], None),
+        ("GET /x", ["Host:"], None),
+        ("GET /x", ["Host: a", "Host: a"], None),
+        ("GET /x", ["Host: a", "Host: b"], None),
+    ],
+)
+@on_loop
+async def test_one_host_a_request(
+    line: str, hosts: list[str], seen: str | None, gateway: GatewayFactory
+) -> None:
+    requests: list[Request] = []
+    async with gateway(answering(ok(), requests=requests)) as relay, relay.client() as client:
+        await client.send("\r\n".join([f"{line} HTTP/1.1", *hosts, "", ""]).encode())
+        answer = await client.answer()
+    if seen is None:
+        assert answer.status == 400
+        assert not requests
+    else:
+        assert requests[0].path == "/x"
+        assert requests[0].get("x-forwarded-host") == [seen]
+
+
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
 @on_loop
 async def test_methods_with_and_without_a_body(method: str, gateway: GatewayFactory) -> None:

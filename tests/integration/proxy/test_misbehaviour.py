@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from gateway.proxy.relay import INLINE_BODY
 from tests.integration.proxy.conftest import GatewayFactory
 from tests.integration.proxy.raw import Peer, Request, answering, ok, on_loop
 from tests.support.wait import free_port, wait_until_async
@@ -191,8 +192,13 @@ async def test_an_early_answer_stops_the_upload(gateway: GatewayFactory) -> None
 
 @on_loop
 async def test_an_answer_may_stream_while_the_body_is_sent(gateway: GatewayFactory) -> None:
+    """From `INLINE_BODY` bytes on: the upstream sees nothing of a body that is shorter so far."""
+    first = b"x" * INLINE_BODY
+
     async def script(peer: Peer) -> None:
         await peer.head()
+        size = int(await peer.reader.readuntil(b"\r\n"), 16)
+        assert await peer.reader.readexactly(size + 2) == first + b"\r\n"
         await peer.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
         for _ in range(3):
             size = int(await peer.reader.readuntil(b"\r\n"), 16)
@@ -204,6 +210,7 @@ async def test_an_answer_may_stream_while_the_body_is_sent(gateway: GatewayFacto
 
     async with gateway(script) as relay, relay.client() as client:
         await client.send(client.head("POST /x", "Transfer-Encoding: chunked"))
+        await client.send(b"%x\r\n%b\r\n" % (len(first), first))
         assert (await client.answer_head()).status == 200
         chunks = client.chunks()
         for piece in (b"one", b"two", b"three"):

@@ -10,6 +10,7 @@ from decimal import Decimal
 from core import clock
 from core.db import Database, connect_pool
 from core.keyspace import Keyspace
+from core.meters import MeterRegistry
 from core.policy import Meter
 from core.redis.store import Store
 from reconciler.events import EventStore
@@ -82,12 +83,13 @@ async def parts(
     store = Store.connect(redis_url, 5.0)
     database = await connect_pool(postgres_url, size=2, timeout_s=timeout_s, require=False)
     keyspace = Keyspace()
+    registry = MeterRegistry(meters)
     try:
         yield Parts(
             store,
             database,
-            Flusher(store, database, keyspace, meters.get, batch=batch),
-            EventStore(store, database, keyspace, meters.get, batch=batch),
+            Flusher(store, database, keyspace, registry, batch=batch),
+            EventStore(store, database, keyspace, registry, batch=batch),
             keyspace,
         )
     finally:

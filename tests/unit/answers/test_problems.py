@@ -42,6 +42,8 @@ EVERY: dict[str, tuple[Callable[[], Problem], int]] = {
     "content-too-large": (lambda: problems.content_too_large(1024, request_id=RID), 413),
     "header-fields-too-large": (lambda: problems.header_fields_too_large(request_id=RID), 431),
     "bad-request": (lambda: problems.bad_request("Both lengths.", request_id=RID), 400),
+    "request-timeout": (lambda: problems.request_timeout(request_id=RID), 408),
+    "upstream-busy": (lambda: problems.upstream_busy(1, request_id=RID), 503),
     "bad-gateway": (lambda: problems.bad_gateway(request_id=RID), 502),
     "gateway-timeout": (lambda: problems.gateway_timeout(30_000, request_id=RID), 504),
     "internal-error": (lambda: problems.internal_error(request_id=RID), 500),
@@ -87,6 +89,17 @@ def test_temporary_reduced_capacity_says_when_to_return() -> None:
         "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
     )
     assert body["violated-policies"] == ["daily"]
+    # Whether it was counted cannot be known: an answer may have been lost on its way.
+    assert body["detail"] == (
+        "Quota cannot be checked at the moment, so the request was not served. "
+        "Try again in 1 second."
+    )
+
+
+def test_a_busy_upstream_says_nothing_about_quotas() -> None:
+    headers, body = check(problems.upstream_busy(2, request_id=RID), 503)
+    assert headers["retry-after"] == "2"
+    assert body["detail"] == "The API behind this gateway is busy. Try again in 2 seconds."
 
 
 def test_quota_exceeded_says_which_limit_how_much_is_left_and_when_it_resets() -> None:

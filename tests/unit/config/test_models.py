@@ -276,3 +276,34 @@ def test_the_shipped_config_is_valid_and_is_the_demo() -> None:
     assert snapshot.routes[2].plan == "anonymous"
     moved = load(ROOT / "config.yaml", env={"TALLYGATE_DEMO_UPSTREAM": "http://10.0.0.1:1"})
     assert moved.upstreams["weather"].urls == ("http://10.0.0.1:1",)
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("redis://:pw@h:1/2", "redis://:pw@h:1/2"),
+        ("rediss://h", "rediss://h"),
+        ("unix:///run/redis.sock?db=1", "unix:///run/redis.sock?db=1"),
+        ("valkey://:pw@h:1/2", "redis://:pw@h:1/2"),
+        (" valkeys://h ", "rediss://h"),
+    ],
+)
+def test_every_scheme_of_redis_becomes_one_that_every_driver_knows(given: str, url: str) -> None:
+    assert loads(f'redis: {{url: "{given}"}}', env={}).settings.redis.url == url
+
+
+def test_the_time_out_of_a_check_is_said_in_one_place() -> None:
+    with pytest.raises(ConfigError, match=r"gateway\.admission\.timeout: unknown key"):
+        loads("gateway: {admission: {timeout: 1s}}", env={})
+
+
+def test_a_keyless_plan_may_have_limits_up_to_a_week() -> None:
+    found = loads(
+        UPSTREAM
+        + "routes: [{match: {path: /a}, upstream: api, keyless: true, plan: free}]\n"
+        + "plans:\n  free:\n    limits:\n      a: {period: week, limit: 5, action: warn}\n"
+        + "      b: {window: 1w, limit: 5, sliding: true}\n      c: {concurrency: 5}\n"
+        + "  paid: {limits: {a: {period: year, limit: 5, action: overage}}}\n",
+        env={},
+    )
+    assert len(found.plans["free"].limits) == 3

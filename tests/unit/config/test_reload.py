@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from core.config import ConfigWatcher, Snapshot, load, restart_needed
-from core.errors import ConfigError
+from core.config import ConfigWatcher, Snapshot, load, plans_removed, restart_needed
+from core.config.reload import RESTART_SETTINGS
+from core.errors import ConfigError, TallygateError
 
 FIRST = "plans: {free: {limits: {fast: {rate: 10/s}}}}\n"
 SECOND = "plans: {free: {limits: {fast: {rate: 20/s}}}}\n"
@@ -214,21 +215,101 @@ def test_a_poll_that_was_overtaken_by_a_reload_does_not_undo_it(path: Path) -> N
     asyncio.run(main())
 
 
-def test_a_failing_callback_does_not_stop_watching(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("listener"), "cannot be applied: RuntimeError: listener"),
+        (TallygateError("no such thing"), "cannot be applied: no such thing"),
+        (ConfigError("config.yaml", ["routes[0]: bad"]), "routes[0]: bad"),
+    ],
+)
+def test_a_reload_that_cannot_be_applied_is_refused_and_watching_goes_on(
+    path: Path, error: Exception, reason: str
+) -> None:
+    fails, during = True, []
+
+    async def scenario() -> None:
+        seen = Seen()
+        first = load(path)
+
+        def apply(old: Snapshot, new: Snapshot) -> None:
+            during.append(watcher.current)
+            if fails:
+                raise error
+            seen.reloads.append((old, new))
+
+        watcher = ConfigWatcher(
+            path, first, on_reload=apply, on_refused=seen.refusals.append, interval_s=0.01
+        )
+        task = asyncio.create_task(watcher.run())
+        replace(path, SECOND)
+        await until(lambda: seen.refusals)
+        assert seen.refusals[0].problems == [reason]
+        assert watcher.current is first
+        nonlocal fails
+        fails = False
+        # The same file again, by hand: taken, with the snapshot in force as the old one.
+        assert watcher.reload() is True
+        assert seen.reloads == [(first, watcher.current)]
+        assert during == [first, first], "swapped before it was applied"
+        replace(path, FIRST)
+        await until(lambda: len(seen.reloads) == 2)
+        assert not task.done()
+        task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_failing_report_of_a_refusal_does_not_stop_watching(path: Path) -> None:
     async def main() -> None:
-        def fail(old: Snapshot, new: Snapshot) -> None:
+        def fail(error: ConfigError) -> None:
             raise RuntimeError("listener")
 
-        watcher = ConfigWatcher(path, load(path), on_reload=fail, interval_s=0.01)
+        watcher = ConfigWatcher(path, load(path), on_refused=fail, interval_s=0.01)
         task = asyncio.create_task(watcher.run())
-        for text in (SECOND, FIRST):
-            before = watcher.current
-            replace(path, text)
-            await until(lambda old=before: watcher.current is not old)  # type: ignore[misc]
+        before = watcher.current
+        assert watcher.reload() is True
+        path.write_text(BROKEN)
+        assert watcher.reload() is False
+        replace(path, SECOND)
+        await until(lambda: watcher.current.digest != before.digest)
         assert not task.done()
         task.cancel()
 
     asyncio.run(main())
+
+
+def test_a_meter_in_use_cannot_be_counted_in_another_way(path: Path) -> None:
+    seen = Seen()
+    path.write_text("meters: {credits: {}, peak: {aggregation: max, decimals: 2}}\n")
+    watcher = seen.watch(path)
+    before = watcher.current
+    path.write_text(
+        "meters: {credits: {decimals: 2}, peak: {aggregation: last, decimals: 2},"
+        " requests: {decimals: 1}}\n"
+    )
+    assert watcher.reload() is False
+    assert watcher.current is before
+    assert seen.reloads == []
+    held = "live counters hold its max: declare a new meter"
+    unit = "live counters are in its smallest unit: declare a new meter"
+    assert sorted(seen.refusals[0].problems) == [
+        f"meters.credits.decimals: 2: it was 0, and {unit}",
+        f"meters.peak.aggregation: last: it was max, and {held}",
+        f"meters.requests.decimals: 1: it was 0, and {unit}",
+    ]
+    # Another unit's name, a meter less and one more are no matter.
+    path.write_text("meters: {credits: {unit: coin}, fresh: {decimals: 6}}\n")
+    assert watcher.reload() is True
+
+
+def test_plans_that_disappear_are_named(path: Path) -> None:
+    old = load(path)
+    path.write_text("plans: {b: {unlimited: true}, c: {unlimited: true}}\n")
+    new = load(path)
+    assert plans_removed(old, new) == ["free"]
+    assert plans_removed(new, old) == ["b", "c"]
+    assert plans_removed(old, old) == []
 
 
 def test_reload_by_hand_reads_an_unchanged_file_too(path: Path) -> None:
@@ -255,3 +336,25 @@ def test_settings_that_need_a_restart_are_named(path: Path) -> None:
     new = load(path)
     assert restart_needed(old, new) == ["gateway.listen", "redis.url", "secrets.key_pepper"]
     assert restart_needed(new, new) == []
+
+
+def test_settings_read_at_start_only_are_named_as_the_file_spells_them(path: Path) -> None:
+    old = load(path)
+    path.write_text(
+        "gateway:\n  key_cache: {size: 5, ttl: 1s, negative_ttl: 1s}\n"
+        "  admission: {max_batch: 5, max_in_flight: 5}\n  drain: 1s\n"
+        "reconciler: {batch: 5, flush_interval: 2s}\nredis: {timeout: 1s}\n"
+        "postgres: {timeout: 1s}\n"
+    )
+    assert restart_needed(old, load(path)) == [
+        "gateway.key_cache.size",
+        "gateway.key_cache.ttl",
+        "gateway.key_cache.negative_ttl",
+        "gateway.admission.max_batch",
+        "gateway.admission.max_in_flight",
+        "gateway.drain",
+        "reconciler.batch",
+        "redis.timeout",
+        "postgres.timeout",
+    ]
+    assert len(set(RESTART_SETTINGS)) == len(RESTART_SETTINGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.forwarded import TrustedProxies
+from gateway.forwarded import TrustedProxies, client_group
 
 TRUSTED = TrustedProxies(["10.0.0.0/8", "::1", "2001:db8::/32"])
 
@@ -65,3 +65,21 @@ def test_several_fields_are_one_list() -> None:
 def test_forwarded_is_read_when_there_is_no_list() -> None:
     value = b'for=6.6.6.6, proto=https;For="[2001:500::1]:1";by=x, for=10.0.0.2'
     assert client_ip("10.0.0.1", (b"forwarded", value)) == "2001:500::1"
+
+
+@pytest.mark.parametrize(
+    ("address", "group"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
+        ("2001:DB8:1:2:ffff:ffff:ffff:ffff", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::1", "2001:db8:1:3::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::1", "::/64"),
+        ("nonsense", "nonsense"),
+        ("not:an:address", "not:an:address"),
+    ],
+)
+def test_a_customer_s_network_is_counted_as_one(address: str, group: str) -> None:
+    assert client_group(address) == group

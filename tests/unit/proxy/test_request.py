@@ -26,6 +26,7 @@ def scope(
         "query_string": query,
         "client": (peer, "1234"),
         "scheme": scheme,
+        "http_version": "1.1",
         "headers": [(b"host", b"api.example"), *headers],
     }
 
@@ -112,6 +113,25 @@ def test_a_trusted_proxys_forwarding_fields_are_continued() -> None:
 
 
 @pytest.mark.parametrize(
+    ("forwarded", "chain"),
+    [
+        ([b"for=1.1.1.1"], b"1.1.1.1, 10.0.0.1"),
+        ([b"for=1.1.1.1;proto=https, for=10.0.0.9"], b"1.1.1.1, 10.0.0.9, 10.0.0.1"),
+        ([b"for=1.1.1.1", b'For="[2001:DB8::1]:80"'], b"1.1.1.1, 2001:db8::1, 10.0.0.1"),
+        ([b'for=1.1.1.1:80, for="_x", by=y'], b"1.1.1.1, unknown, unknown, 10.0.0.1"),
+    ],
+)
+def test_a_trusted_proxy_that_sends_only_forwarded(forwarded: list[bytes], chain: bytes) -> None:
+    rules = RequestRules(trusted=TrustedProxies(["10.0.0.0/8"]))
+    headers = [(b"forwarded", value) for value in forwarded]
+    left = fields(rules, *headers, peer="10.0.0.1")
+    assert [line for line in left if line.startswith(b"x-forwarded-for")] == [
+        b"x-forwarded-for: " + chain
+    ]
+    assert left[0].endswith(b", for=10.0.0.1;proto=http")
+
+
+@pytest.mark.parametrize(
     ("sent", "kept"), [(b"mine", b"mine"), (b"", b"id-1"), (b"x" * 129, b"id-1")]
 )
 def test_a_usable_request_id_is_kept(sent: bytes, kept: bytes) -> None:
@@ -146,11 +166,92 @@ def test_body_framing(headers: list[tuple[bytes, bytes]], length: int) -> None:
         [(b"x", b"a\r\nevil: 1")],
         [(b"x", b"a\nevil: 1")],
         [(b"x\r", b"a")],
+        [(b"host", b"api.example")],
+        [(b"host", b"other")],
     ],
 )
 def test_unsafe_requests_are_refused(headers: list[tuple[bytes, bytes]]) -> None:
     with pytest.raises(BadRequest):
         RequestRules().head(scope(*headers))
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        [],
+        [b""],
+        [b"", b"h"],
+        [b"h", b""],
+        [b"h, h"],
+        [b"h h"],
+        [b"u@h"],
+        [b"h/x"],
+        [b"h\t"],
+        [b"h", b"u@h"],
+    ],
+)
+def test_a_request_names_exactly_one_host(hosts: list[bytes]) -> None:
+    rules = RequestRules()
+    request = scope() | {"headers": [(b"host", host) for host in hosts]}
+    for _ in range(2):
+        with pytest.raises(BadRequest, match="Host"):
+            rules.head(request)
+
+
+def test_hosts_that_may_be() -> None:
+    rules = RequestRules()
+    for host in (b"h", b"h:80", b"[::1]:8080", b"my_host.example.", b"192.0.2.1"):
+        head = rules.head(scope() | {"headers": [(b"host", host)]})
+        assert b"x-forwarded-host: " + host + b"\r\n" in head.fields
+
+
+@pytest.mark.parametrize("version", ["1", "1.0"])
+def test_http_1_0_may_leave_the_host_out(version: str) -> None:
+    request = scope() | {"headers": [(b"host", b"")], "http_version": version}
+    assert b"x-forwarded-host: \r\n" in RequestRules().head(request).fields
+
+
+OURS = b"tg_live_abcdef"
+KEYS = (b"authorization", b"X-Api-Key")
+
+
+@pytest.mark.parametrize(
+    ("header", "kept"),
+    [
+        ((b"authorization", b"Bearer " + OURS), False),
+        ((b"authorization", b"bearer   " + OURS), False),
+        ((b"authorization", OURS), False),
+        ((b"authorization", b"Token " + OURS), False),
+        ((b"authorization", b"Bearer eyJ0"), True),
+        ((b"authorization", b"Basic dTpw"), True),
+        ((b"x-api-key", OURS), False),
+        ((b"x-api-key", b" " + OURS), False),
+        ((b"x-api-key", b"theirs"), True),
+        ((b"x-other", OURS), True),
+    ],
+)
+def test_a_key_field_that_was_not_used_goes_only_with_a_key(
+    header: tuple[bytes, bytes], kept: bool
+) -> None:
+    left = fields(RequestRules(key_headers=KEYS), header)
+    assert (b": ".join(header) in left) is kept
+
+
+def test_the_field_that_was_used_goes_whatever_it_holds() -> None:
+    rules = RequestRules(drop_headers=(b"X-Api-Key",), key_headers=KEYS)
+    left = fields(
+        rules, (b"x-api-key", b"theirs"), (b"x-api-key", OURS), (b"authorization", b"Basic dTpw")
+    )
+    assert [line for line in left if line.startswith((b"x-api", b"auth"))] == [
+        b"authorization: Basic dTpw"
+    ]
+
+
+def test_connection_removes_a_kept_key_field_too() -> None:
+    headers = ((b"connection", b"x-api-key"), (b"x-api-key", b"theirs"))
+    for order in (headers, headers[::-1]):
+        left = fields(RequestRules(key_headers=KEYS), *order)
+        assert b"x-api-key: theirs" not in left
 
 
 @pytest.mark.parametrize(
@@ -177,6 +278,12 @@ def test_dropped_parameters_go_however_they_are_spelled() -> None:
     assert drop_parameters(b"a=%20&api_key=1&b&%61pi_key=2&api_keys=3", names) == (
         b"a=%20&b&api_keys=3"
     )
+
+
+def test_parameters_that_may_hold_a_key_go_only_with_one() -> None:
+    names = frozenset((b"key[]",))
+    query = b"key[]=theirs&key%5B%5D=tg_live_1&key[]=tg%5Flive_2&a=tg_live_3"
+    assert drop_parameters(query, frozenset(), names) == b"key[]=theirs&a=tg_live_3"
 
 
 def test_options_asterisk_has_no_base() -> None:
