@@ -6,13 +6,14 @@ reaches an upstream was counted durably before.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import Any
 
 from core import clock, ids
 from core.errors import StoreUnavailableError
-from core.policy import Status
+from core.policy import Status, Upstream
 from core.telemetry import logs
 from core.telemetry.local import LocalMetrics
 from gateway.admission.leases import Leases
@@ -32,7 +33,7 @@ from gateway.proxy.errors import (
     RequestTimeout,
 )
 from gateway.proxy.relay import Outcome, RelayResult, relay
-from gateway.proxy.request import RequestHead
+from gateway.proxy.request import MAX_REQUEST_ID, RequestHead
 from gateway.runtime import PlanOnRoute, RouteRuntime, Runtime
 
 Scope = dict[str, Any]
@@ -82,7 +83,10 @@ class Responder:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request. Exactly one outcome is recorded for it, whatever happens."""
         metrics = self._metrics
-        request_id = f"{self._id_prefix}{next(self._id_numbers):x}"
+        # Ours identifies leases and decisions. What everybody quotes is the client's own, if it
+        # sent one: the same in the answer, in our log and upstream.
+        own_id = f"{self._id_prefix}{next(self._id_numbers):x}"
+        request_id = _sent_id(scope) or own_id
         route_name = plan_name = subject = ""
         outcome = "error"
         decision: Decision | None = None
@@ -97,21 +101,21 @@ class Responder:
                 client = client_group(self.runtime.trusted.client_ip(scope))
                 subject = f"ip:{plan_name}:{client}"
                 started = clock.monotonic()
-                decision = await self._limiter.admit_anonymous(
-                    on_route.admission, subject, request_id
-                )
+                decision = await self._limiter.admit_anonymous(on_route.admission, subject, own_id)
             else:
                 subscription, source = await self._authenticate(scope, request_id)
-                subject, plan_name = subscription.id, subscription.plan
+                subject = subscription.id
                 on_route = self._plan(route, subscription, request_id)
+                plan_name = subscription.plan
                 head = self._head(route, source, scope, request_id)
                 started = clock.monotonic()
-                decision = await self._limiter.admit(on_route.admission, subscription, request_id)
+                decision = await self._limiter.admit(on_route.admission, subscription, own_id)
             metrics.admission.observe(clock.monotonic() - started)
             limit_headers = on_route.headers.of(decision.states)
             if not decision.admitted:
-                raise self._limited(decision, limit_headers, head, request_id)
-            limit_headers.append((b"x-request-id", head.request_id))
+                raise self._limited(decision, limit_headers, own_id, request_id)
+            limit_headers.append((b"x-request-id", request_id.encode()))
+            started = clock.monotonic()
             result = await relay(
                 receive,
                 send,
@@ -128,8 +132,10 @@ class Responder:
         except StoreUnavailableError as error:
             outcome = "outage"
             problem = problems.temporary_reduced_capacity(_OUTAGE_RETRY_S, request_id=request_id)
-            logs.get_logger().warning("no_decision", reason=str(error), request_id=request_id)
-            await self._answer(problem, scope, send, request_id)
+            await self._refuse(
+                Refusal(problem, outcome, str(error)),
+                scope, send, subject, route_name, plan_name, request_id,
+            )  # fmt: skip
         except ClientDisconnected:
             outcome = "client_gone"
         except (BadRequest, RequestTimeout) as error:
@@ -141,7 +147,17 @@ class Responder:
             )  # fmt: skip
         except ProxyError as error:
             outcome = "upstream_error"
-            await self._upstream_failed(error, route, scope, send, request_id)
+            upstream = route.pool.upstream
+            metrics.upstream_errors.inc(upstream.name, error.code)
+            self._upstream_seconds[upstream.name].observe(clock.monotonic() - started)
+            await self._refuse(
+                Refusal(_upstream_problem(error, upstream, request_id), outcome,
+                        f"{error.code}: {error}"),
+                scope, send, subject, route_name, plan_name, request_id,
+            )  # fmt: skip
+        except asyncio.CancelledError:
+            outcome = "shutdown"  # longer than the drain: the server cuts it off
+            raise
         except Exception:
             logs.get_logger().exception("request_failed", request_id=request_id, route=route_name)
             await self._answer(
@@ -242,15 +258,12 @@ class Responder:
 
     @staticmethod
     def _limited(
-        decision: Decision,
-        limit_headers: list[tuple[bytes, bytes]],
-        head: RequestHead,
-        request_id: str,
+        decision: Decision, limit_headers: list[tuple[bytes, bytes]], own_id: str, request_id: str
     ) -> Refusal:
-        decision_id = "dec_" + request_id.removeprefix("req_")
+        decision_id = "dec_" + own_id.removeprefix("req_")
         problem = problems.quota_exceeded(
             decision.states,
-            request_id=head.request_id.decode("latin-1"),
+            request_id=request_id,
             decision_id=decision_id,
             limit_headers=limit_headers,
         )
@@ -259,7 +272,7 @@ class Responder:
 
     def _relayed(self, result: RelayResult, route: RouteRuntime, decision: Decision) -> str:
         upstream = route.route.upstream
-        self._upstream_seconds[upstream].observe(result.upstream_ms / 1000)
+        self._upstream_seconds[upstream].observe(result.head_ms / 1000)
         if result.outcome is Outcome.COMPLETE:
             return "overage" if decision.overage else "admitted"
         if result.outcome is Outcome.CLIENT_GONE:
@@ -290,26 +303,6 @@ class Responder:
         )
         await self._answer(refusal.problem, scope, send, request_id)
 
-    async def _upstream_failed(
-        self, error: ProxyError, route: RouteRuntime, scope: Scope, send: Send, request_id: str
-    ) -> None:
-        upstream = route.pool.upstream
-        self._metrics.upstream_errors.inc(upstream.name, error.code)
-        logs.get_logger().warning(
-            "upstream_failed",
-            upstream=upstream.name,
-            code=error.code,
-            reason=str(error),
-            request_id=request_id,
-        )
-        if error.status == 504:
-            problem = problems.gateway_timeout(upstream.response_timeout_ms, request_id=request_id)
-        elif isinstance(error, PoolExhausted):
-            problem = problems.upstream_busy(_BUSY_RETRY_S, request_id=request_id)
-        else:
-            problem = problems.bad_gateway(request_id=request_id)
-        await self._answer(problem, scope, send, request_id)
-
     @staticmethod
     async def _answer(problem: Problem, scope: Scope, send: Send, request_id: str) -> None:
         headers = [*problem.headers, (b"x-request-id", request_id.encode()), SERVER]
@@ -318,10 +311,28 @@ class Responder:
         await send({"type": "http.response.body", "body": body})
 
 
+def _upstream_problem(error: ProxyError, upstream: Upstream, request_id: str) -> Problem:
+    if error.status == 504:
+        return problems.gateway_timeout(upstream.response_timeout_ms, request_id=request_id)
+    if isinstance(error, PoolExhausted):
+        return problems.upstream_busy(_BUSY_RETRY_S, request_id=request_id)
+    return problems.bad_gateway(request_id=request_id)
+
+
 def _client_error(error: BadRequest | RequestTimeout, request_id: str) -> Problem:
     if isinstance(error, RequestTimeout):
         return problems.request_timeout(request_id=request_id)
     return problems.bad_request(str(error), request_id=request_id)
+
+
+def _sent_id(scope: Scope) -> str:
+    """The client's X-Request-Id, if it is one that can be repeated; else empty."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            text: str = value.decode("latin-1")
+            if len(text) <= MAX_REQUEST_ID and text.isascii() and text.isprintable():
+                return text
+    return ""
 
 
 def _host(scope: Scope) -> str:
@@ -330,5 +341,5 @@ def _host(scope: Scope) -> str:
             host: str = value.decode("latin-1").lower()
             if host.startswith("["):
                 return host.partition("]")[0] + "]"
-            return host.partition(":")[0]
+            return host.partition(":")[0].removesuffix(".")
     return ""

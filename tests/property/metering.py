@@ -87,9 +87,7 @@ class Metering:
         quotas = [quota for quota in quotas if quota.meter in costs]
         entries = {meter: self._entry(meter, cost, now, span) for meter, cost in costs.items()}
         before = [self._used(quota, entries[quota.meter]) for quota in quotas]
-        after = [
-            self._used(quota, entries[quota.meter], entries[quota.meter]) for quota in quotas
-        ]
+        after = [self._used(quota, entries[quota.meter], entries[quota.meter]) for quota in quotas]
         flags = []
         for quota, used in zip(quotas, after, strict=True):
             flag = {Action.BLOCK: REFUSED, Action.OVERAGE: OVERAGE, Action.WARN: WARNED}
@@ -112,7 +110,8 @@ class Metering:
                 for quota, used in zip(quotas, after, strict=True)
                 if quota.meter == meter and quota.enforce and quota.action is Action.OVERAGE
             ]
-            excess = max((min(entry.cost, max(0, used - limit)) for limit, used in billed), default=0)
+            beyond = [min(entry.cost, used - limit) for limit, used in billed if used > limit]
+            excess = max(beyond, default=0)
             cap = min((limit for limit, _ in billed), default=None)
             self.log.append(
                 Entry(meter, entry.cost, excess, cap, entry.period, entry.hour, entry.calendar)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import chain, count
 
 import asyncpg
 import pytest
@@ -19,18 +19,20 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from core import clock
-from core.admission.program import Verdict, calendar_use, compile_program
 from core.admission.ledger import Catalogue
+from core.admission.program import Verdict, calendar_use, compile_program
 from core.admission.seeder import Seeder
 from core.db import Database, connect_pool
 from core.meters import MeterRegistry
-from core.period import HOUR_MS
-from core.policy import Action, Aggregation, Meter, PeriodKind
+from core.period import DAY_MS, HOUR_MS
+from core.policy import Aggregation, Meter, PeriodKind
 from core.redis.store import Store
+from reconciler.events import EventStore
 from reconciler.flush import Flusher
 from tests.property.metering import Entry, Metering
 from tests.property.walk import (
     ANCHORS,
+    SLOTS,
     STARTS,
     SUMS,
     Plan,
@@ -43,7 +45,11 @@ from tests.property.walk import (
 )
 from tests.support.scripts import Outcome, Scripts, plan_of
 
-BILLING, DAY = PeriodKind.BILLING, PeriodKind.DAY
+BILLING, DAY, HOUR = PeriodKind.BILLING, PeriodKind.DAY, HOUR_MS
+LASTS, PEAKS = (
+    {name: replace(meter, aggregation=kind) for name, meter in SUMS.items()}
+    for kind in (Aggregation.LAST, Aggregation.MAX)
+)
 _subjects = count()
 
 
@@ -80,7 +86,7 @@ chunks: st.SearchStrategy[list[Move]] = st.one_of(
     ),
     st.sampled_from([Flush(), STORE, CLAIM]).map(lambda move: [move]),
 )
-walks = st.lists(chunks, min_size=1, max_size=8).map(lambda found: sum(found, []))
+walks = st.lists(chunks, min_size=1, max_size=8).map(lambda found: list(chain(*found)))
 
 
 class ControlledStore(Store):
@@ -136,6 +142,7 @@ class World:
     claimed: int = 0  # of the ledger
     pending: list[Pending] = field(default_factory=list)
     closed: dict[tuple[str, int], tuple[int, int, int]] = field(default_factory=dict)
+    lossless: bool = True  # nothing was lost that was not stored before
 
     async def go(self, walk: list[Move]) -> None:
         self.plan = self.pool[0]
@@ -160,11 +167,14 @@ class World:
             await self.flush()  # the first may have had to pass an epoch on
             assert self.durable == self.model.log
         await self.compare()
+        if self.lossless:
+            await self.compare_events()
 
     def at(self) -> None:
         self.scripts.at(self.time.now * 1000 + 7)
 
     def lose(self, move: Lose) -> None:
+        self.lossless &= self.durable == self.model.log and not self.scripts.events()
         if move.everything:
             self.scripts.redis.flushall()
             self.time.now -= move.behind
@@ -178,9 +188,9 @@ class World:
         self.at()
         if step.plan is not None:  # in a new configuration, which counts other calendars
             self.plan = self.pool[step.plan % len(self.pool)]
-        for requests, credits in step.costs:
-            outcome = await self.ask({"requests": requests, "credits": credits})
-            cost = {"requests": requests, "credits": credits}
+        for requests, credit in step.costs:
+            cost = {"requests": requests, "credits": credit}
+            outcome = await self.ask(cost)
             expected = self.model.check(self.plan, cost, self.time.now, self.time.span)
             answers = [(a.flags, a.remaining, a.reset_ms) for a in outcome.limits]
             assert (outcome.admitted, answers) == (expected.admitted, expected.answers), step
@@ -207,10 +217,14 @@ class World:
         return Flusher(store, self.database, self.scripts.keyspace, self.registry)
 
     async def flush(self) -> None:
+        key, dirty = self.scripts.keyspace.state(self.subject), self.scripts.keyspace.dirty(0)
+        listed = self.scripts.redis.zscore(dirty, key) is not None
         result = await self.flusher(self.store).flush_all()
+        events = EventStore(self.store, self.database, self.scripts.keyspace, self.registry)
+        await events.store_all()
         assert not result.behind
         assert not result.unreadable
-        if self.live:
+        if self.live and listed:
             self.stored(self.epoch, list(self.model.log))
         await self.compare()
 
@@ -262,9 +276,32 @@ class World:
                 parts = [row for key, row in hours.items() if key[:2] == (name, start)]
                 assert [sum(column) for column in zip(*parts, strict=True)] == amounts
             if any(key[0] == name and key[1] > start for key in periods):
-                assert self.closed.setdefault((name, start), periods[name, start]) == (
-                    periods[name, start]
+                assert (
+                    self.closed.setdefault((name, start), periods[name, start])
+                    == (periods[name, start])
                 )
+
+    async def compare_events(self) -> None:
+        """Thresholds and ended billing periods, each once. The end of a calendar period is told
+        by a counter that was counting before it: one that had to be rebuilt says nothing."""
+        told = {
+            (limit, kind, min(percent, 100), start, most)
+            for limit, _, kind, percent, _, most, start, _, _ in self.model.events
+            if kind != "reset" or SLOTS[limit][1] is BILLING
+        }
+        rows = await self.database.fetch("events_of_subject", self.subject, clock.to_datetime(0))
+        stored = [
+            (
+                row["limit_name"],
+                row["kind"],
+                row["threshold"],
+                clock.from_datetime(row["period_start"]),
+                self.meters[row["meter"]].to_units(row["limit_quantity"]),
+            )
+            for row in rows
+            if row["kind"] != "reset" or SLOTS[row["limit_name"]][1] is BILLING
+        ]
+        assert sorted(stored) == sorted(told)
 
 
 @dataclass
@@ -323,13 +360,102 @@ def servers(valkey: str, database: str) -> Iterator[Servers]:
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     meters=meters,
     pool=st.lists(plans, min_size=1, max_size=3),
     walk=walks,
     start=st.sampled_from(STARTS),
+)
+@example(  # the clock of the new server is still in the period that was closed
+    meters=SUMS,
+    pool=[[quota("billing", 3), quota("daily", 2)]],
+    walk=[
+        Step(costs=((2, 0),)),
+        Step(after=(BILLING, 0), costs=((3, 0),)),
+        Flush(),
+        Lose(behind=1),
+        Step(costs=((1, 0),)),
+        Step(after=(BILLING, 0), costs=((1, 0),)),
+    ],
+    start=STARTS[0],
+)
+@example(  # the same at a day's end: what was counted in the new day goes on in it
+    meters=SUMS,
+    pool=[[quota("daily", 9), quota("monthly", 9)]],
+    walk=[
+        Step(costs=((2, 0),)),
+        Step(after=(DAY, 0), costs=((3, 0),)),
+        Flush(),
+        Lose(behind=2_000),
+        Step(costs=((1, 0),)),
+        Step(after=(DAY, 1), costs=((1, 0),)),
+    ],
+    start=STARTS[2],
+)
+@example(  # a longer interval whose period had begun before the closed one
+    meters=SUMS,
+    pool=[[quota("billing", 3)]],
+    walk=[
+        Step(costs=((2, 0),)),
+        Step(after=(BILLING, 5), costs=((4, 0),), billing=(ANCHORS[0], 12)),
+        Flush(),
+        Lose(),
+        Step(after=(BILLING, 5), costs=((1, 0),), billing=(ANCHORS[0], 1)),
+    ],
+    start=STARTS[0],
+)
+@example(  # read, lost, rebuilt, and only then stored: what was rebuilt did not know of it
+    meters=SUMS,
+    pool=[[quota("billing", 3)]],
+    walk=[
+        Step(costs=((2, 0),)),
+        Flush(),
+        Step(costs=((4, 0),)),
+        Flush(store=False),
+        Lose(),
+        Step(costs=((1, 0),)),
+        STORE,
+        Step(costs=((1, 0),)),
+    ],
+    start=STARTS[0],
+)
+@example(  # read, lost, stored, and only then rebuilt: nothing was lost
+    meters=SUMS,
+    pool=[[quota("billing", 3)]],
+    walk=[Step(costs=((2, 0),)), Flush(store=False), Lose(), STORE, Step(costs=((1, 0),))],
+    start=STARTS[0],
+)
+@example(  # a last value may fall, also below what the ledger has, and under a foreign epoch
+    meters=LASTS,
+    pool=[[quota("billing", 3)]],
+    walk=[
+        Step(costs=((5, 0),)),
+        Flush(),
+        Step(costs=((1, 0),)),
+        Flush(store=False),
+        CLAIM,
+        STORE,
+        Step(after=HOUR_MS, costs=((2, 0),)),
+    ],
+    start=STARTS[3],
+)
+@example(  # a new configuration counts other calendars, before and after a loss
+    meters=PEAKS,
+    pool=[[quota("billing", 9)], [quota("monthly", 5), quota("yearly", 9), quota("daily", 4)]],
+    walk=[
+        Step(costs=((6, 3),)),
+        Step(after=2 * DAY_MS, costs=((3, 1),)),
+        Flush(),
+        Step(after=(HOUR, 0), costs=((2, 2),)),
+        Step(costs=((4, 4),), plan=1),
+        Flush(),
+        Lose(everything=False),
+        Step(costs=((5, 1),), plan=0),
+        Step(costs=((5, 1),), plan=1),
+    ],
+    start=STARTS[3],
 )
 def test_the_ledger_holds_what_was_admitted(
     servers: Servers, meters: Mapping[str, Meter], pool: list[Plan], walk: list[Move], start: int

@@ -32,6 +32,7 @@ class Parts:
     flusher: Flusher
     events: EventStore
     keyspace: Keyspace
+    registry: MeterRegistry
 
     async def ledger(self, subject: str) -> Ledger:
         """Total and overage by (meter, period start) and by (meter, period start, hour)."""
@@ -91,6 +92,7 @@ async def parts(
             Flusher(store, database, keyspace, registry, batch=batch),
             EventStore(store, database, keyspace, registry, batch=batch),
             keyspace,
+            registry,
         )
     finally:
         await store.close()

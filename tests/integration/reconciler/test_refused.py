@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from decimal import Decimal
 from typing import Any
 
 import pytest
 
-from core.policy import Meter
+from core.admission.program import compile_program
+from core.period import HOUR_MS
+from core.policy import Aggregation, Meter
 from core.redis.scripts import load
 from reconciler.flush import FlushResult
 from tests.integration.reconciler.parts import Parts, parts
 from tests.integration.reconciler.test_flush import SPAN, START_MS, spend
-from tests.support.scripts import Scripts
+from tests.support.scripts import Scripts, plan_of
+
+EVENT = {
+    **{"key": "tg1:{0}:s:a", "limit": "monthly", "meter": "requests", "kind": "warning"},
+    **{"threshold": "80", "used": "8", "max": "10", "start": "0", "end": "9000", "at": "5000"},
+}
 
 
 @pytest.fixture
@@ -157,6 +165,163 @@ def test_a_state_behind_the_ledger_is_never_acknowledged(
             assert (await p.flusher.lag())[0] == 1
         assert (await p.ledger("s"), await p.version("s")) == stored
         assert scripts.state("s") == old
+
+    run(valkey, database, check)
+
+
+def test_a_state_that_counted_on_from_an_older_copy_is_not_taken(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    """Its version has passed the ledger's, its totals have not: they would fall."""
+
+    async def check(p: Parts) -> None:
+        await p.registry.pin(p.database)
+        key = p.keyspace.state("s")
+        for number in range(5):
+            spend(scripts, f"s{number}")
+        spend(scripts, "s", 1, credits=900)
+        old = scripts.state("s")
+        spend(scripts, "s", 3, credits=900)
+        await p.flusher.flush_all()
+        stored = await p.ledger("s"), await p.version("s")
+        assert stored[0]["credits", SPAN[0]] == (Decimal(36), 0)
+        scripts.redis.delete(key)
+        scripts.redis.hset(key, mapping=old)
+        for number in range(5):
+            spend(scripts, f"s{number}")
+        spend(scripts, "s", 8, credits=1)
+        for _ in range(2):
+            result = await p.flusher.flush_all()
+            assert (result.behind, result.unreadable) == (["s"], [])
+            assert (await p.ledger("s"), await p.version("s")) == stored
+            assert scripts.redis.zrange(p.keyspace.dirty(0), 0, -1) == [key]
+        assert all([(await p.ledger(f"s{n}"))["requests", SPAN[0]][0] == 2 for n in range(5)])
+        # what the log says mends it
+        scripts.redis.delete(key)
+        assert (await p.flusher.flush_all()).clean == 1
+
+    run(valkey, database, check)
+
+
+def test_a_last_value_may_fall_also_in_an_overtaken_state(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    meters = {"requests": Meter("requests"), "seats": Meter("seats", aggregation=Aggregation.LAST)}
+
+    def admit(seats: int) -> None:
+        program = compile_program(plan_of(), {"requests": 1, "seats": seats}, meters, {})
+        assert scripts.admit("s", program).admitted
+
+    async def check(p: Parts) -> None:
+        await p.registry.pin(p.database)
+        scripts.seed("s")
+        for seats in (9, 4):
+            admit(seats)
+            assert (await p.flusher.flush_all()).clean == 1
+            assert (await p.ledger("s"))["seats", SPAN[0]] == (seats, 0)
+        admit(3)
+        await p.database.fetch("claim_epochs", ["s"])
+        assert (await p.flusher.flush_all()).overtaken == ["s"]
+        assert (await p.flusher.flush_all()).clean == 1
+        assert (await p.ledger("s"))["seats", SPAN[0]] == (3, 0)
+
+    run(valkey, database, check, meters=meters)
+
+
+def test_a_name_that_postgres_cannot_hold_refuses_one_subject(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    async def check(p: Parts) -> None:
+        for name in ("a", "b\x00b", "c"):
+            spend(scripts, name)
+        result = await p.flusher.flush_all()
+        assert (result.stored, result.unreadable) == (2, [p.keyspace.state("b\x00b")])
+        scripts.redis.xadd(p.keyspace.events(0), {**EVENT, "limit": "x\x00"})
+        scripts.redis.xadd(p.keyspace.events(0), EVENT)
+        assert await p.events.store_all() == 1
+        assert scripts.events() == []
+
+    run(valkey, database, check)
+
+
+def test_changes_of_the_future_are_flushed(scripts: Scripts, valkey: str, database: str) -> None:
+    """The server's clock went back."""
+
+    async def check(p: Parts) -> None:
+        names = [f"s{number}" for number in range(8)]
+        for name in names:
+            spend(scripts, name)
+        keys = {p.keyspace.state(name): 2**42 + n for n, name in enumerate(names)}
+        scripts.redis.zadd(p.keyspace.dirty(0), keys)
+        damaged = p.keyspace.state("s3")
+        scripts.redis.hset(damaged, "epoch", "first")
+        result = await p.flusher.flush_all()
+        assert (result.stored, result.clean, result.unreadable) == (7, 7, [damaged])
+        # and its lag is known from now on
+        await asyncio.sleep(0.02)
+        count, lag_ms = await p.flusher.lag()
+        assert count == 1
+        assert lag_ms >= 20
+
+    run(valkey, database, check, batch=3)
+
+
+def test_subjects_that_cannot_be_stored_are_passed_once(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    async def check(p: Parts) -> None:
+        dirty = p.keyspace.dirty(0)
+        damaged = {f"tg1:{{0}}:s:bad{n:03d}": n for n in range(60)}
+        pipeline = scripts.redis.pipeline()
+        for key in damaged:
+            pipeline.hset(key, mapping={"ver": "1", "epoch": "x"})
+        pipeline.zadd(dirty, damaged)
+        pipeline.execute()
+        for number in range(60):
+            spend(scripts, f"good{number}")
+        asked = []
+        oldest = p.store.oldest
+
+        async def counted(key: str, count: int, skip: int = 0) -> Any:
+            rows = await oldest(key, count, skip)
+            asked.append(len(rows))
+            return rows
+
+        p.store.oldest = counted  # type: ignore[method-assign]
+        result = await p.flusher.flush_all()
+        assert (result.stored, len(result.unreadable)) == (60, 60)
+        assert sum(asked) <= 2 * 120 + 10
+        assert max(asked) <= 10
+
+    run(valkey, database, check, batch=10)
+
+
+def test_an_acknowledgement_of_very_many_fields_goes_in_pieces(
+    scripts: Scripts, valkey: str, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reconciler.flush._MAX_ARGUMENTS", 7)
+
+    async def check(p: Parts) -> None:
+        hour = SPAN[0] - SPAN[0] % HOUR_MS
+        for name in ("s", "t", "u"):
+            spend(scripts, name)
+            fields = {f"ch:requests:{SPAN[0]}:{hour - n * HOUR_MS}": "1 0" for n in range(1, 20)}
+            scripts.redis.hset(p.keyspace.state(name), mapping=fields)
+        sent = []
+        run_script = p.store.run
+
+        async def counted(script: Any, keys: Any, arguments: Any) -> Any:
+            sent.append(len(keys) + len(arguments))
+            return await run_script(script, keys, arguments)
+
+        p.store.run = counted  # type: ignore[method-assign]
+        result = await p.flusher.flush_all()
+        assert (result.stored, result.clean) == (3, 3)
+        assert max(sent) <= 2 * 7 + 4
+        for name in ("s", "t", "u"):
+            assert not [field for field in scripts.state(name) if field.startswith("ch:")]
+            assert len(await p.ledger(name)) == 21
+        assert await p.flusher.lag() == (0, 0)
 
     run(valkey, database, check)
 
