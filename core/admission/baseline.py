@@ -192,9 +192,7 @@ def _record_fields(name: str, record: Record) -> dict[str, str]:
     period, hour = record.period, record.hour
     return {
         keyspace.BOUNDS + name: f"{period.start_ms} {period.end_ms} {hour.hour_start_ms}",
-        keyspace.METER + name: (
-            f"{period.total} {period.overage} {hour.total} {hour.overage} 0"
-        ),
+        keyspace.METER + name: (f"{period.total} {period.overage} {hour.total} {hour.overage} 0"),
     }
 
 

@@ -75,7 +75,7 @@ class AdmissionSettings(Section):
     """How checks travel to Redis."""
 
     max_batch: Count = preset(128, 128, None, "Checks sent in one script call at most.")
-    max_in_flight: Count = preset(2, 2, None, "Script calls on their way at once, a worker.")
+    max_in_flight: Count = preset(1, 1, None, "Script calls on their way at once, a worker.")
 
 
 class GatewaySettings(Section):

@@ -1,8 +1,9 @@
 """Micro-batching: checks that arrive in the same event-loop tick leave as one script call.
 
 At most `max_in_flight` calls are under way; what arrives meanwhile waits for the next one, so a
-batch grows by itself under load and an idle gateway never waits to fill one. With
-`appendfsync always` this is group commit: one fsync makes the whole batch durable before any of
+batch grows by itself under load and an idle gateway never waits to fill one. One at a time is the
+default: with two, batches are half as large and Redis spends a fifth more CPU per request (measured
+at 64 connections, `appendfsync always`). With `appendfsync always` this is group commit: one fsync makes the whole batch durable before any of
 its requests goes upstream.
 
 Failure: a call that is not answered within the time-out fails its whole batch, drops the
@@ -77,7 +78,7 @@ class Batcher:
         *,
         timeout_s: float = 0.05,
         max_batch: int = 128,
-        max_in_flight: int = 2,
+        max_in_flight: int = 1,
         on_batch: Callable[[int, float], None] | None = None,
         on_error: Callable[[str], None] | None = None,
         now_ms: clock.Clock = clock.now_ms,

@@ -72,7 +72,7 @@ walks = st.lists(steps, min_size=1, max_size=15)
 pools = st.lists(plans, min_size=1, max_size=3)
 
 
-@settings(common, max_examples=200)
+@settings(common, max_examples=140)
 @given(meters=meters, pool=pools, walk=walks, start=st.sampled_from(STARTS))
 @example(  # a shadow quota behind an enforced one
     meters=SUMS,
@@ -124,7 +124,7 @@ def test_overage_of_periods_and_hours(
             assert (sum(row[0] for row in parts), sum(row[1] for row in parts)) == (total, over)
 
 
-@settings(common, max_examples=200)
+@settings(common, max_examples=140)
 @given(meters=meters, pool=pools, walk=walks, start=st.sampled_from(STARTS))
 @example(  # a value that falls and rises again; two boundaries without a request in between
     meters=LAST,

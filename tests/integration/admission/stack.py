@@ -78,7 +78,7 @@ async def stack(
     *plans: Plan,
     timeout_s: float = 5.0,
     max_batch: int = 128,
-    max_in_flight: int = 2,
+    max_in_flight: int = 1,
     now_ms: clock.Clock = clock.now_ms,
 ) -> AsyncIterator[Stack]:
     """Calendar counters are those of `plans`; the time-out is long, as the machine may be busy."""

@@ -1,4 +1,4 @@
-"""Meters are pinned: what was counted is read as it was counted, whatever the configuration says."""
+"""Meters are pinned: a count is read as it was counted, whatever the configuration says."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def test_the_first_use_pins_a_meter(valkey: str, database: str) -> None:
         assert first.pinned
         await pin(p, METERS)
         await pin(p, METERS | {"credits": replace(METERS["credits"], unit="euro")})
-        other = METERS | {"credits": Meter("credits", aggregation=Aggregation.MAX), "new": Meter("n")}
+        other = METERS | {
+            "credits": Meter("credits", aggregation=Aggregation.MAX),
+            "new": Meter("n"),
+        }
         with pytest.raises(ConfigError) as caught:
             await pin(p, other)
         assert [problem.split(" since")[0] for problem in caught.value.problems] == [
@@ -184,5 +187,3 @@ def test_a_raised_limit_fires_its_thresholds_again(
         assert warnings == [5, 50]
 
     run(valkey, database, check)
-
-

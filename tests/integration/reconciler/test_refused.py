@@ -19,8 +19,16 @@ from tests.integration.reconciler.test_flush import SPAN, START_MS, spend
 from tests.support.scripts import Scripts, plan_of
 
 EVENT = {
-    **{"key": "tg1:{0}:s:a", "limit": "monthly", "meter": "requests", "kind": "warning"},
-    **{"threshold": "80", "used": "8", "max": "10", "start": "0", "end": "9000", "at": "5000"},
+    "key": "tg1:{0}:s:a",
+    "limit": "monthly",
+    "meter": "requests",
+    "kind": "warning",
+    "threshold": "80",
+    "used": "8",
+    "max": "10",
+    "start": "0",
+    "end": "9000",
+    "at": "5000",
 }
 
 

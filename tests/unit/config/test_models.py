@@ -51,7 +51,7 @@ def test_every_default_is_in_force_without_a_line() -> None:
     assert gateway.trusted_proxies == ()
     assert (gateway.headers.ratelimit, gateway.headers.legacy) == (True, True)
     admission = gateway.admission
-    assert (admission.max_batch, admission.max_in_flight) == (128, 2)
+    assert (admission.max_batch, admission.max_in_flight) == (128, 1)
     assert gateway.access_log is False
     assert gateway.drain_ms == 10_000
     assert settings.control.listen == Address("127.0.0.1", 8081)
