@@ -3,8 +3,8 @@
 At most `max_in_flight` calls are under way; what arrives meanwhile waits for the next one, so a
 batch grows by itself under load and an idle gateway never waits to fill one. One at a time is the
 default: with two, batches are half as large and Redis spends a fifth more CPU per request (measured
-at 64 connections, `appendfsync always`). With `appendfsync always` this is group commit: one fsync makes the whole batch durable before any of
-its requests goes upstream.
+at 64 connections, `appendfsync always`). With `appendfsync always` this is group commit: one fsync
+makes the whole batch durable before any of its requests goes upstream.
 
 Failure: a call that is not answered within the time-out fails its whole batch, drops the
 connection (replies are matched by order) and every check after it fails at once, until a

@@ -232,6 +232,8 @@ def test_thresholds_fired_are_those_of_the_limits_last_height(valkey: str, datab
         await events.store_all()
         assert w.scripts.state("s")["t:monthly"] == f"{SPAN[0]} 90 50"
         w.wipe()
+        await w.s.seeder.seed("s", w.s.keyspace.state("s"), w.plan.limits, w.scripts.now_ms)
+        assert w.scripts.state("s")["t:monthly"] == f"{SPAN[0]} 90 50"
         await w.hit()
         assert w.scripts.state("s")["t:monthly"] == f"{SPAN[0]} 95 50"
         assert [event["threshold"] for event in w.scripts.events()] == ["95"]
