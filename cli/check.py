@@ -13,6 +13,7 @@ import click
 import orjson
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from core.config import Snapshot, json_schema, load
 from core.config.units import format_duration, format_quantity, format_rate
@@ -155,7 +156,8 @@ def _route_table(snapshot: Snapshot) -> Table:
         methods = " ".join(sorted(route.methods))
         table.add_row(
             route.name,
-            " ".join(part for part in (methods, route.host + route.path) if part),
+            # a path may hold what rich takes for markup
+            Text(" ".join(part for part in (methods, route.host + route.path) if part)),
             route.upstream,
             costs or "free",
             route.plan if route.keyless else "(the key's)",

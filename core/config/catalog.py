@@ -11,7 +11,15 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+)
 
 from core.config import units
 from core.config.base import Section
@@ -98,6 +106,9 @@ def _ascending(thresholds: tuple[int, ...]) -> tuple[int, ...]:
                 "write each once, in ascending order"
             )
     return thresholds
+
+
+_LONGEST_UNIT = 64
 
 
 class LimitBase(Section):
@@ -189,11 +200,24 @@ LimitSpec = Annotated[
 class MeterSpec(Section):
     """Something that is counted."""
 
-    unit: str = Field(default="request", description="What one unit is called, such as credit.")
+    unit: str = Field(
+        default="request",
+        description="What one unit is called, such as credit; printable ASCII.",
+    )
     aggregation: Literal["sum", "max", "last"] = Field(
         default="sum", description="How values of one period become its total."
     )
     decimals: Decimals = preset(0, 0, None, "Decimals a quantity keeps, 0 to 6.")
+
+    @field_validator("unit")
+    @classmethod
+    def _fits_a_header(cls, unit: str) -> str:
+        if not (unit.isascii() and unit.isprintable() and 1 <= len(unit) <= _LONGEST_UNIT):
+            raise ValueError(
+                "it stands in a header field; write printable ASCII, such as credit, of at most "
+                f"{_LONGEST_UNIT} characters"
+            )
+        return unit
 
     @property
     def aggregation_kind(self) -> Aggregation:

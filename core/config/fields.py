@@ -64,7 +64,9 @@ class Address(NamedTuple):
 
 
 def parse_address(value: object) -> Address:
-    """`127.0.0.1:8080`, `[::1]:8080` or `localhost:8080`.
+    """`127.0.0.1:8080` or `[::1]:8080`; `localhost` is 127.0.0.1.
+
+    Other names are refused: what they resolve to is not known before the socket is opened.
 
     Raises:
         UnitError: anything else.
@@ -83,8 +85,13 @@ def parse_address(value: object) -> Address:
             ipaddress.IPv6Address(host)
         except ValueError:
             raise UnitError(value, reason) from None
-    elif not _HOST.fullmatch(host):
-        raise UnitError(value, reason)
+    elif host == "localhost":
+        host = "127.0.0.1"
+    else:
+        try:
+            ipaddress.IPv4Address(host)
+        except ValueError:
+            raise UnitError(value, reason) from None
     return Address(host, int(port))
 
 

@@ -7,7 +7,7 @@ descriptions below become the JSON Schema that editors complete from. What is so
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
@@ -52,6 +52,12 @@ class KeySettings(Section):
         default=None,
         description="Query parameter a key may be read from; none by default, as URLs get logged.",
     )
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Self:
+        if not self.headers and not self.query:
+            raise ValueError("no place to read a key from: name a header or a query parameter")
+        return self
 
 
 class KeyCacheSettings(Section):

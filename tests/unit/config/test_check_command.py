@@ -23,7 +23,7 @@ def test_a_valid_file_is_shown_in_human_units() -> None:
         "50 in flight, lease 30s",
         "overage",
         "requests 1, credits 5",
-        "GET POST /search",
+        "/weather/search",
         "anonymous",
     ):
         assert text in result.stdout
@@ -44,7 +44,7 @@ def test_json_is_the_compiled_form() -> None:
         "enforce": True,
     }
     assert data["plans"]["pro"]["price"]["base"] == "99.00"
-    assert data["routes"][1]["methods"] == ["GET", "POST"]
+    assert data["routes"][0]["costs"] == {"requests": 1, "credits": 5}
 
 
 def test_every_problem_goes_to_stderr(tmp_path: Path) -> None:
@@ -78,3 +78,15 @@ def test_schema_prints_the_schema() -> None:
     result = CliRunner().invoke(schema, [])
     assert result.exit_code == 0
     assert json.loads(result.stdout) == json_schema()
+
+
+def test_brackets_in_a_path_are_shown_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "upstreams: {u: {urls: [http://127.0.0.1:9]}}\n"
+        'routes: [{match: {path: "/items/[id][/x]", methods: [GET, POST]}, upstream: u}]\n'
+        "plans: {p: {unlimited: true}}\n"
+    )
+    result = CliRunner().invoke(check, [str(file)])
+    assert result.exit_code == 0, result.output
+    assert "GET POST /items/[id][/x]" in result.stdout

@@ -271,8 +271,12 @@ def test_the_shipped_config_is_valid_and_is_the_demo() -> None:
     snapshot = load(ROOT / "config.yaml", env={})
     assert set(snapshot.plans) == {"anonymous", "free", "pro"}
     assert snapshot.upstreams["weather"].urls == ("http://127.0.0.1:9000",)
-    assert [route.path for route in snapshot.routes] == ["/weather/*", "/search", "/public/*"]
-    assert snapshot.routes[1].costs["credits"] == 5
+    assert [route.path for route in snapshot.routes] == [
+        "/weather/search",
+        "/weather/*",
+        "/public/*",
+    ]
+    assert snapshot.routes[0].costs["credits"] == 5
     assert snapshot.routes[2].plan == "anonymous"
     moved = load(ROOT / "config.yaml", env={"TALLYGATE_DEMO_UPSTREAM": "http://10.0.0.1:1"})
     assert moved.upstreams["weather"].urls == ("http://10.0.0.1:1",)
