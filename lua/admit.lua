@@ -11,9 +11,10 @@
 --       2..9     start and end of the current day, week, month, year (ms, UTC)
 --       10       time in ms after which the caller no longer waits
 --       11..10+P programs, JSON: see core/admission/program.py
---       then 4 a check: index of its program, start and end of the billing period, lease id
+--       then 4 a check: index of its program, start and end of the billing period, and its lease id,
+--                or, where the program has no concurrency limit, how many times to check this
 -- Returns a flat list of integers:
---       now in ms, then a check: status (includes/status.lua), and for each limit of its program
+--       now in ms, then each time of a check: status (includes/status.lua), and for each limit of its program
 --       flags, remaining (below zero when a quota is passed), ms until reset.
 --       A check of another status than ADMIT and REJECT has its status alone: COLD (no state, or a
 --       calendar counter is missing), STALE (outside the bounds given), LATE (nobody waits any
@@ -210,127 +211,131 @@ while arg_at <= last_arg do
     subjects[key] = s
   end
 
-  if s.status then
-    r = r + 1
-    reply[r] = s.status
-  else
-    local limits, meters, refused = program.limits, s.meters, false
-    local at = 1
-    for k = 1, #meters do over[k], caps[k] = 0, nil end
-    for i = 1, #limits do
-      local row = limits[i]
-      local kind, full, flag = row[1], false, 0
-      if kind == QUOTA then -- kind, field, enforce, limit, counter, action, meter index, ...
-        local source, cost, aggregation
-        local counter = row[5]
-        if counter > 0 then
-          source = meters[counter]
-          cost, aggregation = program.meters[counter][2], program.meters[counter][3]
-        else
-          source = s.counters[-counter]
-          cost, aggregation = program.calendars[-counter][4], program.calendars[-counter][5]
-        end
-        local limit, before = row[4], source.total
-        local after = aggregate(aggregation, before, cost)
-        left[i], left_after[i], used[i] = limit - before, limit - after, before
-        local t = source.to - now
-        wait[i], reset[i] = t, t
-        local m = row[7]
-        local billed = row[6] == OVERAGE_ACTION and row[3] == 1 and m > 0 -- a shadow quota bills nobody
-        if billed and limit < (caps[m] or math.huge) then caps[m] = limit end
-        if after > limit then
-          if row[6] == BLOCK then
-            full = true
-          elseif row[6] == OVERAGE_ACTION then
-            flag = OVERAGE
-            local excess = before > limit and cost or after - limit
-            if billed and over[m] < excess then over[m] = excess end
-          else
-            flag = WARNED
-          end
-        end
-      elseif kind == GCRA then
-        full, next_a[i], next_b[i], next_c[i], left[i], left_after[i], wait[i], reset[i] =
-          gcra(row, s[at], s[at + 1], s[at + 2])
-      elseif kind == FIXED then
-        full, next_a[i], next_b[i], next_c[i], left[i], left_after[i], wait[i], reset[i] =
-          fixed(row, s[at], s[at + 1], now)
-      elseif kind == SLIDING then
-        full, next_a[i], next_b[i], next_c[i], left[i], left_after[i], wait[i], reset[i] =
-          sliding(row, s[at], s[at + 1], s[at + 2], now)
-      else -- kind, name, enforce, limit, lease ms
-        local held = s[at]
-        full = held >= row[4]
-        left[i] = held < row[4] and row[4] - held or 0
-        left_after[i] = left[i] - 1
-        -- when a slot will be given back is not known: ask again in a second
-        wait[i], reset[i] = full and 1000 or 0, 0
-        next_a[i] = held + 1
-      end
-      if full then
-        flag = REFUSED
-        if row[3] == 1 then refused = true end
-      end
-      flags[i] = flag
-      at = at + 3
-    end
-
-    if refused then
-      -- Nothing is consumed: an overage or a warning did not happen either.
-      reply[r + 1] = REJECT
+  -- equal checks without leases come as one with a number of times
+  local times = program.leases == 0 and tonumber(ARGV[arg_at + 3]) or 1
+  for _ = 1, times do
+    if s.status then
       r = r + 1
-      for i = 1, #limits do
-        reply[r + 1] = flags[i] == REFUSED and REFUSED or 0
-        reply[r + 2], reply[r + 3] = left[i], wait[i]
-        r = r + 3
-      end
+      reply[r] = s.status
     else
-      reply[r + 1] = ADMIT
-      r = r + 1
-      s.changed = true
-      if s.durable then s.version = s.version + 1 end
-      for k = 1, #meters do
-        local row = program.meters[k]
-        charge(meters[k], row[3], row[2], over[k], caps[k])
-      end
-      for k = 1, #program.calendars do
-        local row, c = program.calendars[k], s.counters[k]
-        c.total = aggregate(row[5], c.total, row[4])
-      end
-      at = 1
-      local lease_at = key_at
+      local limits, meters, refused = program.limits, s.meters, false
+      local at = 1
+      for k = 1, #meters do over[k], caps[k] = 0, nil end
       for i = 1, #limits do
-        local row, flag = limits[i], flags[i]
-        local kind = row[1]
-        reply[r + 1], reply[r + 2], reply[r + 3] = flag, left_after[i], reset[i]
-        if kind == QUOTA then
-          if s.durable and row[3] == 1 then -- a shadow quota tells nobody
-            local source = row[5] > 0 and meters[row[5]] or s.counters[-row[5]]
-            if source.previous and source.previous > 0 and not (s.reset and s.reset[i]) then
-              s.reset = s.reset or {}
-              s.reset[i] = true
-              emit(key, row, 'reset', 0, source.previous, source.from, source.to)
-            end
-            local first = row[10][1]
-            if first and source.total >= first[2] then
-              cross(s, i, row, used[i], source.total, source.from, source.to)
+        local row = limits[i]
+        local kind, full, flag = row[1], false, 0
+        if kind == QUOTA then -- kind, field, enforce, limit, counter, action, meter index, ...
+          local source, cost, aggregation
+          local counter = row[5]
+          if counter > 0 then
+            source = meters[counter]
+            cost, aggregation = program.meters[counter][2], program.meters[counter][3]
+          else
+            source = s.counters[-counter]
+            cost, aggregation = program.calendars[-counter][4], program.calendars[-counter][5]
+          end
+          local limit, before = row[4], source.total
+          local after = aggregate(aggregation, before, cost)
+          left[i], left_after[i], used[i] = limit - before, limit - after, before
+          local t = source.to - now
+          wait[i], reset[i] = t, t
+          local m = row[7]
+          local billed = row[6] == OVERAGE_ACTION and row[3] == 1 and m > 0 -- a shadow quota bills nobody
+          if billed and limit < (caps[m] or math.huge) then caps[m] = limit end
+          if after > limit then
+            if row[6] == BLOCK then
+              full = true
+            elseif row[6] == OVERAGE_ACTION then
+              flag = OVERAGE
+              local excess = before > limit and cost or after - limit
+              if billed and over[m] < excess then over[m] = excess end
+            else
+              flag = WARNED
             end
           end
-        elseif flag == REFUSED then
-          -- a shadow limit does not consume what it would have refused
-          reply[r + 2], reply[r + 3] = left[i], wait[i]
-          if kind == CONCURRENCY then lease_at = lease_at + 1 end
-        elseif kind == CONCURRENCY then
-          lease_at = lease_at + 1
-          s[at] = next_a[i]
-          call('ZADD', KEYS[lease_at], now + row[5], ARGV[arg_at + 3])
-          -- a gateway that was killed never gives back the slots of a client that never returns
-          if not s.durable then call('PEXPIRE', KEYS[lease_at], program.ttl) end
-        else
-          s[at], s[at + 1], s[at + 2] = next_a[i], next_b[i], next_c[i]
+        elseif kind == GCRA then
+          full, next_a[i], next_b[i], next_c[i], left[i], left_after[i], wait[i], reset[i] =
+            gcra(row, s[at], s[at + 1], s[at + 2])
+        elseif kind == FIXED then
+          full, next_a[i], next_b[i], next_c[i], left[i], left_after[i], wait[i], reset[i] =
+            fixed(row, s[at], s[at + 1], now)
+        elseif kind == SLIDING then
+          full, next_a[i], next_b[i], next_c[i], left[i], left_after[i], wait[i], reset[i] =
+            sliding(row, s[at], s[at + 1], s[at + 2], now)
+        else -- kind, name, enforce, limit, lease ms
+          local held = s[at]
+          full = held >= row[4]
+          left[i] = held < row[4] and row[4] - held or 0
+          left_after[i] = left[i] - 1
+          -- when a slot will be given back is not known: ask again in a second
+          wait[i], reset[i] = full and 1000 or 0, 0
+          next_a[i] = held + 1
         end
-        r = r + 3
+        if full then
+          flag = REFUSED
+          if row[3] == 1 then refused = true end
+        end
+        flags[i] = flag
         at = at + 3
+      end
+
+      if refused then
+        -- Nothing is consumed: an overage or a warning did not happen either.
+        reply[r + 1] = REJECT
+        r = r + 1
+        for i = 1, #limits do
+          reply[r + 1] = flags[i] == REFUSED and REFUSED or 0
+          reply[r + 2], reply[r + 3] = left[i], wait[i]
+          r = r + 3
+        end
+      else
+        reply[r + 1] = ADMIT
+        r = r + 1
+        s.changed = true
+        if s.durable then s.version = s.version + 1 end
+        for k = 1, #meters do
+          local row = program.meters[k]
+          charge(meters[k], row[3], row[2], over[k], caps[k])
+        end
+        for k = 1, #program.calendars do
+          local row, c = program.calendars[k], s.counters[k]
+          c.total = aggregate(row[5], c.total, row[4])
+        end
+        at = 1
+        local lease_at = key_at
+        for i = 1, #limits do
+          local row, flag = limits[i], flags[i]
+          local kind = row[1]
+          reply[r + 1], reply[r + 2], reply[r + 3] = flag, left_after[i], reset[i]
+          if kind == QUOTA then
+            if s.durable and row[3] == 1 then -- a shadow quota tells nobody
+              local source = row[5] > 0 and meters[row[5]] or s.counters[-row[5]]
+              if source.previous and source.previous > 0 and not (s.reset and s.reset[i]) then
+                s.reset = s.reset or {}
+                s.reset[i] = true
+                emit(key, row, 'reset', 0, source.previous, source.from, source.to)
+              end
+              local first = row[10][1]
+              if first and source.total >= first[2] then
+                cross(s, i, row, used[i], source.total, source.from, source.to)
+              end
+            end
+          elseif flag == REFUSED then
+            -- a shadow limit does not consume what it would have refused
+            reply[r + 2], reply[r + 3] = left[i], wait[i]
+            if kind == CONCURRENCY then lease_at = lease_at + 1 end
+          elseif kind == CONCURRENCY then
+            lease_at = lease_at + 1
+            s[at] = next_a[i]
+            call('ZADD', KEYS[lease_at], now + row[5], ARGV[arg_at + 3])
+            -- a gateway that was killed never gives back the slots of a client that never returns
+            if not s.durable then call('PEXPIRE', KEYS[lease_at], program.ttl) end
+          else
+            s[at], s[at + 1], s[at + 2] = next_a[i], next_b[i], next_c[i]
+          end
+          r = r + 3
+          at = at + 3
+        end
       end
     end
   end

@@ -122,7 +122,8 @@ class Scripts:
             keys.append(self.keyspace.state(subject))
             keys += [self.keyspace.leases(subject, name) for name in program.lease_limits]
             lease = leases[position] if leases else f"lease-{next(self._lease)}"
-            arguments += (programs.index(program) + 1, *span, lease)
+            last = lease if program.lease_limits else 1
+            arguments += (programs.index(program) + 1, *span, last)
         script = self.scripts["admit"]
         reply = self.redis.evalsha(
             script.sha,

@@ -38,6 +38,7 @@ class Subscription:
     anchor_ms: int = 0
     period_start_ms: int = 0
     period_end_ms: int = 0
+    period_months: int = 0
 
 
 @dataclass

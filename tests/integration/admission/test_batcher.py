@@ -16,7 +16,7 @@ from core import clock
 from core.admission.program import Verdict
 from core.errors import StoreUnavailableError
 from core.period import DAY_MS, billing_period, calendar_bounds
-from core.policy import PeriodKind, Quota
+from core.policy import Concurrency, PeriodKind, Quota
 from tests.integration.admission.stack import Stack, Subscription, admitted, stack
 from tests.support import free_port, wait_until_async
 from tests.support.scripts import Scripts, plan_of
@@ -66,6 +66,43 @@ def test_checks_of_one_tick_leave_together(any_redis_url: str, database: str) ->
         )
         assert (s.batcher.stats.batches, s.batcher.stats.checks) == (4, 500)
         assert s.batcher.stats.errors == {}
+
+    run(any_redis_url, database, check)
+
+
+def test_each_check_of_a_mixed_batch_has_its_own_answer(any_redis_url: str, database: str) -> None:
+    """Equal checks are sent as one, those with leases alone: no answer may go astray."""
+    slots = plan_of(Concurrency("slots", 1_000), PLAN.limits[0], name="slots")
+
+    async def check(s: Stack) -> None:
+        plain, leased = s.admission(PLAN), s.admission(slots)
+        double = s.admission(PLAN, {"requests": 2})
+        for subject in "abc":
+            await seed(s, subject)
+        subjects = {name: Subscription(name) for name in "abc"}
+        asked = [("a", plain), ("b", double), ("c", leased), ("a", plain), ("b", plain)] * 40
+        sizes: list[int] = []
+        s.batcher._on_batch = lambda size, _: sizes.append(size)
+        found = await asyncio.gather(
+            *(
+                s.limiter.admit(admission, subjects[name], f"r{number}")
+                for number, (name, admission) in enumerate(asked)
+            )
+        )
+        assert sizes == [128, 72]
+        assert admitted(found) == 200
+        left: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+        for (name, admission), decision in zip(asked, found, strict=True):
+            assert [state.name for state in decision.states] == [
+                limit.name for limit in admission.program.limits
+            ]
+            left[name].append(decision.states[-1].remaining)
+        # each answer tells what was left after its own check, so all of a subject's differ
+        assert sorted(left["a"]) == list(range(10**6 - 80, 10**6))
+        assert sorted(left["c"]) == list(range(10**6 - 40, 10**6))
+        assert len(set(left["b"])) == 80
+        assert [await count(s, name) for name in "abc"] == [80, 120, 40]
+        assert await s.store.cardinality(s.keyspace.leases("c", "slots")) == 40
 
     run(any_redis_url, database, check)
 
