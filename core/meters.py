@@ -13,33 +13,13 @@ from collections.abc import Iterable, Mapping
 
 from core.db.pool import Database, Transaction
 from core.errors import ConfigError
-from core.policy import Aggregation, Meter
+from core.policy import Aggregation, Meter, changed_meters
 from core.telemetry import logs
 
 _log = logs.get_logger()
 
 # How long a process that serves already waits between two attempts to pin.
 _RETRY_S = 0.25
-
-
-def changed_meters(old: Mapping[str, Meter], new: Mapping[str, Meter]) -> list[str]:
-    """For each property of a meter in both that must not change: `path: value: fix`."""
-    problems: list[str] = []
-    for name, meter in new.items():
-        known = old.get(name)
-        if known is None:
-            continue
-        for key, was, now in (
-            ("decimals", known.decimals, meter.decimals),
-            ("aggregation", str(known.aggregation), str(meter.aggregation)),
-        ):
-            if was != now:
-                problems.append(
-                    f"meters.{name}.{key}: {now}: pinned as {was} since the meter was first used, "
-                    f"and what was counted cannot be converted: set it back to {was}, "
-                    "or declare a new meter"
-                )
-    return problems
 
 
 class MeterRegistry:
@@ -161,4 +141,4 @@ class MeterRegistry:
         return missing
 
 
-__all__ = ["MeterRegistry", "changed_meters"]
+__all__ = ["MeterRegistry"]

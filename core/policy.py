@@ -82,6 +82,28 @@ class Meter:
         return Decimal(units).scaleb(-self.decimals)
 
 
+def changed_meters(old: Mapping[str, Meter], new: Mapping[str, Meter]) -> list[str]:
+    """For each property of a meter in both that must not change: `path: value: fix`.
+
+    Live counters and the ledger are in the meter's smallest unit and hold what its aggregation made
+    of them: neither can be read in another way.
+    """
+    problems: list[str] = []
+    for name, meter in new.items():
+        known = old.get(name, meter)
+        for key, was, now in (
+            ("decimals", known.decimals, meter.decimals),
+            ("aggregation", known.aggregation, meter.aggregation),
+        ):
+            if was != now:
+                problems.append(
+                    f"meters.{name}.{key}: {now}: pinned as {was} since the meter was first used, "
+                    f"and what was counted cannot be converted: set it back to {was}, "
+                    "or declare a new meter"
+                )
+    return problems
+
+
 @dataclass(frozen=True, slots=True)
 class Gcra:
     """`rate` units per `period_us`, of which `burst` may come at once.

@@ -25,7 +25,7 @@ A state that the ledger does not accept is never acknowledged, so nothing is los
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -37,7 +37,7 @@ from core.policy import Aggregation, Meter
 from core.redis.scripts import load
 from core.redis.store import Store
 from core.telemetry import logs
-from reconciler.snapshot import StateSnapshot, read_state
+from reconciler.snapshot import HourRow, PeriodRow, StateSnapshot, read_state
 
 _log = logs.get_logger()
 
@@ -226,8 +226,8 @@ class Flusher:
             versions: dict[str, int] = {row["subject"]: row["version"] for row in rows}
             accepted = [s for s in snapshots if versions.get(s.subject) == s.version]
             for query, columns in (
-                ("store_periods", self._period_columns(accepted)),
-                ("store_hours", self._hour_columns(accepted)),
+                ("store_periods", self._columns((s, row) for s in accepted for row in s.periods)),
+                ("store_hours", self._columns((s, row) for s in accepted for row in s.hours)),
             ):
                 if await transaction.execute(query, *columns) != len(columns[0]):
                     raise _Lowered(f"{query}: a total is below the ledger's")
@@ -258,42 +258,25 @@ class Flusher:
             fix=_FIX_BEHIND,
         )
 
-    def _period_columns(self, snapshots: Sequence[StateSnapshot]) -> list[list[object]]:
+    def _columns(
+        self, rows: Iterable[tuple[StateSnapshot, PeriodRow | HourRow]]
+    ) -> list[list[object]]:
+        """The rows as `store_periods` and `store_hours` take them: one list a column."""
         columns: list[list[object]] = [[] for _ in range(8)]
-        for snapshot in snapshots:
-            for row in snapshot.periods:
-                meter = self._meter(row.meter)
-                values = (
-                    snapshot.subject,
-                    row.meter,
-                    clock.to_datetime(row.start_ms),
-                    clock.to_datetime(row.end_ms),
-                    meter.from_units(row.total),
-                    meter.from_units(row.overage),
-                    snapshot.epoch,
-                    snapshot.version,
-                )
-                for column, value in zip(columns, values, strict=True):
-                    column.append(value)
-        return columns
-
-    def _hour_columns(self, snapshots: Sequence[StateSnapshot]) -> list[list[object]]:
-        columns: list[list[object]] = [[] for _ in range(8)]
-        for snapshot in snapshots:
-            for row in snapshot.hours:
-                meter = self._meter(row.meter)
-                values = (
-                    snapshot.subject,
-                    row.meter,
-                    clock.to_datetime(row.period_start_ms),
-                    clock.to_datetime(row.hour_start_ms),
-                    meter.from_units(row.total),
-                    meter.from_units(row.overage),
-                    snapshot.epoch,
-                    snapshot.version,
-                )
-                for column, value in zip(columns, values, strict=True):
-                    column.append(value)
+        for snapshot, (name, start_ms, second_ms, total, overage) in rows:
+            meter = self._meter(name)
+            values = (
+                snapshot.subject,
+                name,
+                clock.to_datetime(start_ms),
+                clock.to_datetime(second_ms),
+                meter.from_units(total),
+                meter.from_units(overage),
+                snapshot.epoch,
+                snapshot.version,
+            )
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
         return columns
 
     def _meter(self, name: str) -> Meter:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from core import keyspace
 
 
-@dataclass(frozen=True, slots=True)
-class PeriodRow:
+class PeriodRow(NamedTuple):
     """A meter's billing period: absolute totals in smallest units, times in epoch ms."""
 
     meter: str
@@ -19,8 +19,7 @@ class PeriodRow:
     overage: int
 
 
-@dataclass(frozen=True, slots=True)
-class HourRow:
+class HourRow(NamedTuple):
     """A meter's hour within a billing period: absolute totals in smallest units, epoch ms."""
 
     meter: str

@@ -8,7 +8,7 @@ never a driver, an event loop outside `reload`, or another part of `core`.
 from core.config.fields import Address
 from core.config.loader import load, loads
 from core.config.models import Config
-from core.config.reload import ConfigWatcher, meter_changes, plans_removed, restart_needed
+from core.config.reload import ConfigWatcher, plans_removed, restart_needed
 from core.config.schema import json_schema
 from core.config.snapshot import Snapshot
 
@@ -20,7 +20,6 @@ __all__ = [
     "json_schema",
     "load",
     "loads",
-    "meter_changes",
     "plans_removed",
     "restart_needed",
 ]

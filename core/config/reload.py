@@ -17,6 +17,7 @@ from pathlib import Path
 from core.config.loader import load
 from core.config.snapshot import Snapshot
 from core.errors import ConfigError, TallygateError
+from core.policy import changed_meters
 
 _log = logging.getLogger(__name__)
 
@@ -59,28 +60,6 @@ def restart_needed(old: Snapshot, new: Snapshot) -> list[str]:
         for path in RESTART_SETTINGS
         if value(old, path) != value(new, path)
     ]
-
-
-def meter_changes(old: Snapshot, new: Snapshot) -> list[str]:
-    """Why `new` cannot follow `old`: a meter that both have counts in another way; or nothing.
-
-    Live counters and the ledger are in the meter's smallest unit, and hold what its aggregation
-    made of them: neither can be read in another way.
-    """
-    problems = []
-    for name, meter in new.meters.items():
-        before = old.meters.get(name)
-        if before is None:
-            continue
-        for field in ("aggregation", "decimals"):
-            was, now = getattr(before, field), getattr(meter, field)
-            if was != now:
-                why = "are in its smallest unit" if field == "decimals" else f"hold its {was}"
-                problems.append(
-                    f"meters.{name}.{field}: {now}: it was {was}, and live counters {why}: "
-                    "declare a new meter"
-                )
-    return problems
 
 
 def plans_removed(old: Snapshot, new: Snapshot) -> list[str]:
@@ -181,7 +160,7 @@ class ConfigWatcher:
     def _take(self, new: Snapshot) -> ConfigError | None:
         """Swaps `new` in unless it cannot follow the one in force; then why."""
         old = self.current
-        changes = meter_changes(old, new)
+        changes = changed_meters(old.meters, new.meters)
         if changes:
             return ConfigError(new.source, changes)
         if self._on_reload is not None:

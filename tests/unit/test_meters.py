@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from core.errors import ConfigError
-from core.meters import MeterRegistry, changed_meters
-from core.policy import Aggregation, Meter
+from core.meters import MeterRegistry
+from core.policy import Aggregation, Meter, changed_meters
 
 OLD = {"requests": Meter("requests"), "tokens": Meter("tokens", "token", decimals=2)}
 

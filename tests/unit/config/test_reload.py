@@ -291,13 +291,13 @@ def test_a_meter_in_use_cannot_be_counted_in_another_way(path: Path) -> None:
     assert watcher.reload() is False
     assert watcher.current is before
     assert seen.reloads == []
-    held = "live counters hold its max: declare a new meter"
-    unit = "live counters are in its smallest unit: declare a new meter"
-    assert sorted(seen.refusals[0].problems) == [
-        f"meters.credits.decimals: 2: it was 0, and {unit}",
-        f"meters.peak.aggregation: last: it was max, and {held}",
-        f"meters.requests.decimals: 1: it was 0, and {unit}",
+    problems = sorted(seen.refusals[0].problems)
+    assert [problem.split(" since ")[0] for problem in problems] == [
+        "meters.credits.decimals: 2: pinned as 0",
+        "meters.peak.aggregation: last: pinned as max",
+        "meters.requests.decimals: 1: pinned as 0",
     ]
+    assert all(problem.endswith("or declare a new meter") for problem in problems)
     # Another unit's name, a meter less and one more are no matter.
     path.write_text("meters: {credits: {unit: coin}, fresh: {decimals: 6}}\n")
     assert watcher.reload() is True
