@@ -106,11 +106,16 @@ def read_settings(path: Path, environ: Mapping[str, str], upstream_port: int) ->
 
 
 def _try_path(snapshot: Snapshot) -> str | None:
-    """A path of the first route that takes a key and answers a GET."""
-    for route in snapshot.routes:
-        if not route.keyless and not route.host and (not route.methods or "GET" in route.methods):
-            return route.path.replace("*", "current")
-    return None
+    """A path below the first route that takes a key and answers a GET; else such a route's own."""
+    open_routes = [
+        route.path
+        for route in snapshot.routes
+        if not route.keyless and not route.host and (not route.methods or "GET" in route.methods)
+    ]
+    for path in open_routes:
+        if path.endswith("/*"):
+            return path.removesuffix("*") + "current"
+    return open_routes[0] if open_routes else None
 
 
 def _key_header(headers: tuple[str, ...]) -> str:

@@ -225,14 +225,14 @@ def test_postgres_lost_inside_the_transaction(
 ) -> None:
     async def check(p: Parts) -> None:
         spend(scripts, "s", 3)
-        columns = p.flusher._period_columns
+        columns = p.flusher._columns
 
         def cut_then(snapshots: Any) -> Any:  # after accept_states, before store_periods
             _cut_sessions(database)
             return columns(snapshots)
 
         with monkeypatch.context() as patch:
-            patch.setattr(p.flusher, "_period_columns", cut_then)
+            patch.setattr(p.flusher, "_columns", cut_then)
             with pytest.raises(StoreUnavailableError):
                 await p.flusher.flush_all()
         assert await p.database.fetch("read_epochs", ["s"]) == []  # rolled back as a whole
