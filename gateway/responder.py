@@ -128,13 +128,15 @@ class Responder:
             outcome = self._relayed(result, route, decision)
         except Refusal as refusal:
             outcome = refusal.outcome
-            await self._refuse(refusal, scope, send, subject, route_name, plan_name, request_id)
+            await self._refuse(
+                refusal, scope, send, subject, route_name, plan_name, request_id, own_id
+            )
         except StoreUnavailableError as error:
             outcome = "outage"
             problem = problems.temporary_reduced_capacity(_OUTAGE_RETRY_S, request_id=request_id)
             await self._refuse(
                 Refusal(problem, outcome, str(error)),
-                scope, send, subject, route_name, plan_name, request_id,
+                scope, send, subject, route_name, plan_name, request_id, own_id,
             )  # fmt: skip
         except ClientDisconnected:
             outcome = "client_gone"
@@ -143,7 +145,7 @@ class Responder:
             problem = _client_error(error, request_id)
             await self._refuse(
                 Refusal(problem, outcome, error.code),
-                scope, send, subject, route_name, plan_name, request_id,
+                scope, send, subject, route_name, plan_name, request_id, own_id,
             )  # fmt: skip
         except ProxyError as error:
             outcome = "upstream_error"
@@ -153,7 +155,7 @@ class Responder:
             await self._refuse(
                 Refusal(_upstream_problem(error, upstream, request_id), outcome,
                         f"{error.code}: {error}"),
-                scope, send, subject, route_name, plan_name, request_id,
+                scope, send, subject, route_name, plan_name, request_id, own_id,
             )  # fmt: skip
         except asyncio.CancelledError:
             outcome = "shutdown"  # longer than the drain: the server cuts it off
@@ -260,7 +262,7 @@ class Responder:
     def _limited(
         decision: Decision, limit_headers: list[tuple[bytes, bytes]], own_id: str, request_id: str
     ) -> Refusal:
-        decision_id = "dec_" + own_id.removeprefix("req_")
+        decision_id = _decision_id(own_id)
         problem = problems.quota_exceeded(
             decision.states,
             request_id=request_id,
@@ -291,17 +293,15 @@ class Responder:
         route: str,
         plan: str,
         request_id: str,
+        own_id: str,
     ) -> None:
-        logs.rejection(
-            refusal.problem.status,
-            refusal.reason,
-            subject,
-            route,
-            plan,
-            request_id,
-            refusal.decision_id,
-        )
-        await self._answer(refusal.problem, scope, send, request_id)
+        problem, decision_id = refusal.problem, refusal.decision_id
+        if not decision_id:
+            decision_id = _decision_id(own_id)
+            problem = problems.with_decision(problem, decision_id)
+        status, reason = problem.status, refusal.reason
+        logs.rejection(status, reason, subject, route, plan, request_id, decision_id)
+        await self._answer(problem, scope, send, request_id)
 
     @staticmethod
     async def _answer(problem: Problem, scope: Scope, send: Send, request_id: str) -> None:
@@ -323,6 +323,10 @@ def _client_error(error: BadRequest | RequestTimeout, request_id: str) -> Proble
     if isinstance(error, RequestTimeout):
         return problems.request_timeout(request_id=request_id)
     return problems.bad_request(str(error), request_id=request_id)
+
+
+def _decision_id(own_id: str) -> str:
+    return "dec_" + own_id.removeprefix("req_")
 
 
 def _sent_id(scope: Scope) -> str:

@@ -283,6 +283,14 @@ def internal_error(*, request_id: str) -> Problem:
     )
 
 
+def with_decision(problem: Problem, decision_id: str) -> Problem:
+    """The same answer with the id that support looks up in the log."""
+    body = orjson.dumps({**orjson.loads(problem.body), "decision_id": decision_id})
+    headers = [pair for pair in problem.headers if pair[0] != b"content-length"]
+    headers.append((b"content-length", b"%d" % len(body)))
+    return Problem(problem.status, headers, body)
+
+
 def _problem(
     status: int,
     kind: str,
