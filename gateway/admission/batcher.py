@@ -242,8 +242,7 @@ class Batcher:
             keys += check.keys
             last = check.lease if check.program.lease_limits else len(group)
             arguments += (index, check.period_start_ms, check.period_end_ms, last)
-        if len(groups) < len(batch):
-            batch = [check for group in groups for check in group]  # the order of the answers
+        batch = [check for group in groups for check in group]  # the order of the answers
         started = clock.monotonic()
         self._in_flight += 1
         reply = connection.execute(

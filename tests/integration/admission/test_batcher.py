@@ -104,6 +104,17 @@ def test_each_check_of_a_mixed_batch_has_its_own_answer(any_redis_url: str, data
         assert [await count(s, name) for name in "abc"] == [80, 120, 40]
         assert await s.store.cardinality(s.keyspace.leases("c", "slots")) == 40
 
+        # also where nothing is grouped and only the order changes
+        two = await asyncio.gather(
+            s.limiter.admit(leased, subjects["c"], "x"), s.limiter.admit(plain, subjects["a"], "y")
+        )
+        assert [[state.name for state in decision.states] for decision in two] == [
+            ["slots", "monthly"],
+            ["monthly"],
+        ]
+        assert [decision.states[-1].remaining for decision in two] == [10**6 - 41, 10**6 - 81]
+        assert sizes == [128, 72, 2]
+
     run(any_redis_url, database, check)
 
 
