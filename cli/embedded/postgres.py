@@ -9,10 +9,10 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 from cli.embedded import process
-from cli.embedded.datadir import Lock, secret
+from cli.embedded.datadir import Lock
+from cli.embedded.server import EmbeddedServer
 from cli.embedded.unprivileged import prefix
 from core.errors import TallygateError
 
@@ -21,8 +21,6 @@ DATABASE = "tallygate"
 USER = "tallygate"
 _START_S = 60.0  # recovery after a crash is part of starting
 _STOP_S = 30.0  # a fast shutdown writes a checkpoint
-_PREDECESSOR_S = 30.0
-_PORT_ATTEMPTS = 5
 _READY_LINE = 7  # of postmaster.pid, counted from 0; pg_ctl reads the same one
 
 
@@ -44,7 +42,7 @@ def bundled_binaries() -> Path:
     )
 
 
-class EmbeddedPostgres:
+class EmbeddedPostgres(EmbeddedServer):
     """One cluster on 127.0.0.1 with the database `tallygate`; survives `stop()`.
 
     Args:
@@ -54,6 +52,8 @@ class EmbeddedPostgres:
         config: further settings, e.g. `{"max_connections": "200"}`; they win over ours.
     """
 
+    title = "Postgres"
+
     def __init__(
         self,
         data_dir: Path,
@@ -62,13 +62,9 @@ class EmbeddedPostgres:
         fast: bool = False,
         config: Mapping[str, str] | None = None,
     ) -> None:
-        self.data_dir = data_dir.absolute()
-        self.port = port
-        self.process: subprocess.Popen[bytes] | None = None
-        self._wanted_port = port
+        super().__init__(data_dir, port)
         self._fast = fast
         self._config = dict(config or {})
-        self._password = ""
         self._cluster = self.data_dir / "data"
 
     @property
@@ -79,63 +75,6 @@ class EmbeddedPostgres:
     def url_of(self, database: str) -> str:
         """The URL of another database of this server; it need not exist."""
         return f"postgresql://{USER}:{self._password}@{process.LOOPBACK}:{self.port}/{database}"
-
-    @property
-    def log(self) -> Path:
-        return self.data_dir / "postgres.log"
-
-    @property
-    def pid(self) -> int:
-        """Process id of the postmaster while running.
-
-        Raises:
-            RuntimeError: not started.
-        """
-        if self.process is None:
-            raise RuntimeError("the server is not running")
-        return self.process.pid
-
-    def start(self) -> EmbeddedPostgres:
-        """Make the cluster if need be, start, wait until it accepts. Call from the main thread.
-
-        Raises:
-            TallygateError: no binaries, port in use, directory in use or of another major
-                version, or it did not come up.
-        """
-        binaries = bundled_binaries()
-        self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = Lock(self.data_dir / "server.lock")
-        if not lock.acquire(_PREDECESSOR_S):
-            raise TallygateError(
-                f"a Postgres still runs in {self.data_dir} (process {lock.holder()}), "
-                f"{_PREDECESSOR_S:.0f} s after it should have stopped: stop it first"
-            )
-        try:
-            self._password = secret(self.data_dir / "password")
-            process.rotate(self.log)
-            self.log.touch(mode=0o600)
-            words = prefix(self.data_dir, binaries / "postgres", signal.SIGINT)
-            self._make_cluster(binaries, words)
-            if self._wanted_port:
-                process.require_free(process.LOOPBACK, self._wanted_port, "another port")
-            for _ in range(1 if self._wanted_port else _PORT_ATTEMPTS):
-                self.port = self._wanted_port or process.free_port()
-                if self._launch([*words, str(binaries / "postgres")], lock):
-                    return self
-                if "in use" not in process.tail(self.log):
-                    break  # not a lost race for the port: another attempt would fail alike
-            raise TallygateError(
-                f"Postgres did not start in {self.data_dir}: {process.last_line(self.log)}"
-            )
-        finally:
-            lock.release()  # the server holds the same lock through its inherited descriptor
-
-    def restart(self) -> subprocess.Popen[bytes]:
-        """Start again after a crash, on the same port, so that clients find it. See `start`."""
-        self._wanted_port = self.port
-        started = self.start().process
-        assert started is not None
-        return started
 
     def stop(self, deadline_s: float = _STOP_S) -> None:
         """Fast shutdown (SIGINT: sessions end, checkpoint), SIGQUIT after the deadline.
@@ -159,16 +98,14 @@ class EmbeddedPostgres:
             process.stop(self.process, signal.SIGQUIT, _STOP_S)
             self.process = None
 
-    def __enter__(self) -> EmbeddedPostgres:
-        return self.start()
+    def _find(self) -> Path:
+        return bundled_binaries()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
+    def _prepare(self, binaries: Path) -> list[str]:
+        self.log.touch(mode=0o600)
+        words = prefix(self.data_dir, binaries / "postgres", signal.SIGINT)
+        self._make_cluster(binaries, words)
+        return [*words, str(binaries / "postgres")]
 
     def _make_cluster(self, binaries: Path, words: list[str]) -> None:
         """initdb into a side directory and rename it, so that a crash leaves no half cluster."""

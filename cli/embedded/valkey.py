@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
 from cli.embedded import process
-from cli.embedded.datadir import Lock, secret, write_private
+from cli.embedded.datadir import Lock, write_private
+from cli.embedded.server import EmbeddedServer
 from core.errors import TallygateError
 
 _START_S = 60.0  # loading a large append-only file is part of starting
 _STOP_S = 15.0
-_PREDECESSOR_S = 30.0
-_PORT_ATTEMPTS = 5
 _SOCKET_PATH_MAX = 107  # sun_path
 
 
@@ -40,7 +37,7 @@ def bundled_binary() -> Path:
         ) from error
 
 
-class EmbeddedValkey:
+class EmbeddedValkey(EmbeddedServer):
     """One server process on 127.0.0.1; `data_dir` is made, and survives `stop()`.
 
     Args:
@@ -52,6 +49,8 @@ class EmbeddedValkey:
         unix_socket: also listen on `data_dir/valkey.sock` (left out where the path is too long).
     """
 
+    title = "Valkey"
+
     def __init__(
         self,
         data_dir: Path,
@@ -62,14 +61,10 @@ class EmbeddedValkey:
         config: Mapping[str, str] | None = None,
         unix_socket: bool = False,
     ) -> None:
-        self.data_dir = data_dir.absolute()
-        self.port = port
-        self.process: subprocess.Popen[bytes] | None = None
-        self._wanted_port = port
+        super().__init__(data_dir, port)
         self._appendfsync = appendfsync
         self._binary = binary
         self._config = dict(config or {})
-        self._password = ""
         path = self.data_dir / "valkey.sock"
         fits = unix_socket and len(str(path)) <= _SOCKET_PATH_MAX
         self.socket_path: Path | None = path if fits else None
@@ -78,59 +73,6 @@ class EmbeddedValkey:
     def url(self) -> str:
         """`redis://:password@127.0.0.1:port/0`; known once started."""
         return f"redis://:{self._password}@{process.LOOPBACK}:{self.port}/0"
-
-    @property
-    def log(self) -> Path:
-        return self.data_dir / "valkey.log"
-
-    @property
-    def pid(self) -> int:
-        """Process id while running.
-
-        Raises:
-            RuntimeError: not started.
-        """
-        if self.process is None:
-            raise RuntimeError("the server is not running")
-        return self.process.pid
-
-    def start(self) -> EmbeddedValkey:
-        """Start and wait until it answers, its data loaded. Call from the main thread.
-
-        Raises:
-            TallygateError: no binary, port in use, directory in use, or it did not come up.
-        """
-        binary = self._binary or bundled_binary()
-        self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = Lock(self.data_dir / "server.lock")
-        if not lock.acquire(_PREDECESSOR_S):
-            raise TallygateError(
-                f"a Valkey still runs in {self.data_dir} (process {lock.holder()}), "
-                f"{_PREDECESSOR_S:.0f} s after it should have stopped: stop it first"
-            )
-        try:
-            self._password = secret(self.data_dir / "password")
-            process.rotate(self.log)
-            if self._wanted_port:
-                process.require_free(process.LOOPBACK, self._wanted_port, "another port")
-            for _ in range(1 if self._wanted_port else _PORT_ATTEMPTS):
-                self.port = self._wanted_port or process.free_port()
-                if self._launch(binary, lock):
-                    return self
-                if "in use" not in process.tail(self.log):
-                    break  # not a lost race for the port: another attempt would fail alike
-            raise TallygateError(
-                f"Valkey did not start in {self.data_dir}: {process.last_line(self.log)}"
-            )
-        finally:
-            lock.release()  # the server holds the same lock through its inherited descriptor
-
-    def restart(self) -> subprocess.Popen[bytes]:
-        """Start again after a crash, on the same port, so that clients find it. See `start`."""
-        self._wanted_port = self.port
-        started = self.start().process
-        assert started is not None
-        return started
 
     def stop(self, deadline_s: float = _STOP_S) -> None:
         """SIGTERM, SIGKILL after the deadline. The data stays. Harmless when not running."""
@@ -144,22 +86,17 @@ class EmbeddedValkey:
             process.stop(self.process, signal.SIGKILL, _STOP_S)
             self.process = None
 
-    def __enter__(self) -> EmbeddedValkey:
-        return self.start()
+    def _find(self) -> Path:
+        return self._binary or bundled_binary()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
+    def _prepare(self, binaries: Path) -> list[str]:
+        return [str(binaries)]
 
-    def _launch(self, binary: Path, lock: Lock) -> bool:
+    def _launch(self, command: list[str], lock: Lock) -> bool:
         conf = self.data_dir / "valkey.conf"
         write_private(conf, self._render())
         server = process.spawn(
-            [str(binary), str(conf)],
+            [*command, str(conf)],
             death_signal=signal.SIGTERM,
             log=self.log,
             cwd=self.data_dir,

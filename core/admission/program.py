@@ -77,7 +77,8 @@ _MONTHS_A_YEAR = 12
 @dataclass(frozen=True, slots=True)
 class Program:
     """What a batch needs of a (plan, costs) pair. `limits` are those the costs touch, in order;
-    `lease_limits` names the concurrency limits among them; `plan_limits` are all of the plan's,
+    `lease_limits` names the concurrency limits among them and `lease_ms` says how long their leases
+    last; `plan_limits` are all of the plan's,
     which a subject without state is rebuilt with."""
 
     text: bytes
@@ -85,7 +86,8 @@ class Program:
     lease_limits: tuple[str, ...]
     durable: bool
     answer_size: int
-    plan_limits: tuple[Limit, ...] = ()
+    plan_limits: tuple[Limit, ...]
+    lease_ms: tuple[int, ...]
 
 
 CalendarUse = Mapping[str, tuple[PeriodKind, ...]]
@@ -266,4 +268,5 @@ def compile_program(
             "ttl": 0 if durable else _ttl_ms(plan_limits),
         }
     )
-    return Program(text, limits, leases, durable, 1 + 3 * len(limits), plan_limits)
+    lease_ms = tuple(limit.lease_ms for limit in limits if isinstance(limit, Concurrency))
+    return Program(text, limits, leases, durable, 1 + 3 * len(limits), plan_limits, lease_ms)

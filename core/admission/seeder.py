@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from core import keyspace
 from core.admission.baseline import cold_fields, warm_fields
@@ -53,7 +53,6 @@ class SeedStats:
     warm: int = 0
     conflicts: int = 0
     failures: int = 0
-    by_epoch: dict[int, int] = field(default_factory=dict)
 
 
 class Seeder:

@@ -16,7 +16,6 @@ from core.admission.seeder import Seeder
 from core.errors import StoreUnavailableError
 from core.keyspace import Keyspace
 from core.period import billing_period
-from core.policy import Concurrency
 from core.telemetry import logs
 from gateway.admission.batcher import Batcher
 from gateway.admission.leases import Held, Leases
@@ -47,10 +46,6 @@ class Admission:
     policies: tuple[Policy, ...]
     interval_months: int
 
-    @property
-    def lease_ms(self) -> tuple[int, ...]:
-        return tuple(x.lease_ms for x in self.program.limits if isinstance(x, Concurrency))
-
 
 class Decision(NamedTuple):
     """`states`: one for each limit asked; `held` is to be released when the request ends."""
@@ -77,7 +72,6 @@ class Limiter:
         self._seeder = seeder
         self._leases = leases
         self._keyspace = keyspace
-        self._state_prefix = keyspace.state("")
         self._on_event = on_event
 
     async def admit(self, admission: Admission, subscription: Metered, request_id: str) -> Decision:
@@ -195,7 +189,7 @@ class Limiter:
             at += 3
         held = None
         if admitted and admission.program.lease_limits:
-            held = self._leases.hold(request_id, keys[1:], admission.lease_ms)
+            held = self._leases.hold(request_id, keys[1:], admission.program.lease_ms)
         return Decision(admitted, any_overage, states, held)
 
     def _report(self, flags: int, enforce: bool) -> None:
