@@ -34,6 +34,14 @@ class Aggregation(StrEnum):
     LAST = "last"
 
 
+class OutageMode(StrEnum):
+    """What a route does while Redis does not answer."""
+
+    CLOSED = "closed"  # refuse: 503
+    OPEN = "open"  # admit, count afterwards
+    LOCAL = "local"  # admit within this worker's share of each limit, count afterwards
+
+
 class PeriodKind(StrEnum):
     """The calendar a quota follows. All in UTC; weeks start on Monday."""
 
@@ -227,6 +235,8 @@ class Route:
     `path` is an exact path, or a prefix when it ends in `/*`; `methods` empty means every method;
     `host` empty means every host. `costs` maps meter name to units (scaled) charged a request.
     `plan` is set on keyless routes only (`keyless`), and names the plan of each client address.
+    `reserve` makes the charge wait for its answer, and `charged` then says which statuses are paid
+    for; None means whatever the upstream answers.
     """
 
     name: str
@@ -239,3 +249,6 @@ class Route:
     keyless: bool = False
     plan: str = ""
     forward_key: bool = False
+    reserve: bool = False
+    charged: frozenset[int] | None = None
+    outage: OutageMode = OutageMode.CLOSED

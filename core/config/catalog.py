@@ -35,6 +35,7 @@ from core.config.fields import (
     Prefix,
     Quantity,
     Rate,
+    StatusClass,
     UpstreamUrl,
     duration,
     preset,
@@ -260,6 +261,25 @@ class MatchSpec(Section):
     host: Host | None = Field(default=None, description="Host name; every host when left out.")
 
 
+class StatusCharge(Section):
+    """Which answers are paid for."""
+
+    status: tuple[StatusClass, ...] = Field(
+        min_length=1, description="Status codes such as 200, or classes such as 2xx."
+    )
+
+
+def _charge_form(value: Any) -> str:
+    return FORM_TAG + ("status" if isinstance(value, Mapping | StatusCharge) else "word")
+
+
+ChargeRule = Annotated[
+    Annotated[Literal["on_admit", "on_response"], Tag(FORM_TAG + "word")]
+    | Annotated[StatusCharge, Tag(FORM_TAG + "status")],
+    Discriminator(_charge_form),
+]
+
+
 class RouteSpec(Section):
     """What a request matches and what then happens to it."""
 
@@ -281,6 +301,16 @@ class RouteSpec(Section):
         default=None, description="Plan of each client address; for keyless routes only."
     )
     forward_key: Flag = preset(False, False, None, "true lets the upstream see the key.")
+    charge: ChargeRule = Field(
+        default="on_admit",
+        description="What is paid for: on_admit every request that went upstream, on_response those "
+        "that were answered, {status: [2xx, 404]} those answered so.",
+    )
+    outage: Literal["closed", "open", "local"] = Field(
+        default="closed",
+        description="While Redis does not answer: closed refuses (503), open admits, local admits "
+        "within this worker's share of each limit; what is admitted is counted afterwards.",
+    )
 
 
 class MeterPriceSpec(Section):

@@ -24,6 +24,7 @@ _NAME = re.compile(NAME_PATTERN)
 _HOST = re.compile(r"^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?$")
 _METHOD = re.compile(r"^[A-Z][A-Z-]{1,31}$")
 _HEADER = re.compile(r"^[a-z0-9!#$%&'*+.^_`|~-]{1,64}$")
+_STATUS = re.compile(r"^[2-5](xx|[0-9][0-9])$")
 _PATH = re.compile(r"^/[^\s?#*]*$")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -248,6 +249,13 @@ def _parse_prefix(value: object) -> str:
     raise UnitError(value, "not a prefix; write /name, without / at the end")
 
 
+def _parse_status(value: object) -> str:
+    text = str(value).lower() if isinstance(value, str | int) else ""
+    if _STATUS.fullmatch(text):
+        return text
+    raise UnitError(value, "not a status; write a code such as 404, or a class such as 2xx")
+
+
 def _pattern(
     pattern: re.Pattern[str], change: Callable[[str], str], reason: str
 ) -> BeforeValidator:
@@ -266,6 +274,11 @@ DurationMs = Annotated[
 ]
 DurationOrZeroMs = Annotated[
     int, BeforeValidator(units.parse_duration), _json(_text(units.DURATION_PATTERN))
+]
+Size = Annotated[
+    int,
+    BeforeValidator(units.parse_size),
+    _json({**_INT, "minimum": 0}, _text(units.SIZE_PATTERN)),
 ]
 Rate = Annotated[
     tuple[int, int], BeforeValidator(units.parse_rate), _json(_text(units.RATE_PATTERN))
@@ -314,6 +327,11 @@ Method = Annotated[
     str,
     _pattern(_METHOD, str.upper, "not a method; write GET, POST, PUT, PATCH, DELETE, …"),
     WithJsonSchema(_text()),
+]
+StatusClass = Annotated[
+    str,
+    BeforeValidator(_parse_status),
+    _json({**_INT, "minimum": 200, "maximum": 599}, _text(r"^[2-5]([xX]{2}|[0-9]{2})$")),
 ]
 HeaderName = Annotated[
     str,

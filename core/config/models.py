@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from core.config.base import Section
 from core.config.catalog import MeterSpec, PlanSpec, RouteSpec, UpstreamSpec
@@ -23,12 +23,16 @@ from core.config.fields import (
     HeaderName,
     Listen,
     Name,
+    Size,
     Workers,
     duration,
     empty_as_none,
     preset,
     store_url,
 )
+
+MIN_HOURS_MS = 62 * 86_400_000
+MIN_IDLE_MS = 3_600_000
 
 # What each accepted scheme becomes: one name a meaning, for every driver behind.
 REDIS_SCHEMES = {
@@ -84,6 +88,22 @@ class AdmissionSettings(Section):
     max_in_flight: Count = preset(1, 1, None, "Script calls on their way at once, a worker.")
 
 
+class OutageSettings(Section):
+    """What a worker does while Redis does not answer; each route says which: `outage`."""
+
+    spool_dir: Annotated[str | None, BeforeValidator(empty_as_none)] = Field(
+        default=None,
+        description="Directory for what was admitted during an outage, until it is counted; on a "
+        "disk that survives a restart. Unset: no route may be open or local.",
+    )
+    spool_max: Size = preset(
+        64 * 2**20, "64 MiB", None, "Size of a worker's spool, upon which it refuses (503)."
+    )
+    instances: Count = preset(
+        1, 1, None, "Gateway hosts; a worker's share of a limit is one part in hosts times workers."
+    )
+
+
 class GatewaySettings(Section):
     """The data plane: the proxy in front of the APIs."""
 
@@ -110,6 +130,14 @@ class GatewaySettings(Section):
         default_factory=AdmissionSettings, description="How checks travel to Redis."
     )
     access_log: Flag = preset(False, False, None, "One log line a request.")
+    outage: OutageSettings = Field(
+        default_factory=OutageSettings, description="While Redis does not answer."
+    )
+    reservation_ms: DurationMs = duration(
+        "60s",
+        "reservation",
+        "How long a charge that waits for its answer outlives a worker that was killed.",
+    )
     drain_ms: DurationOrZeroMs = duration(
         "10s", "drain", "How long requests in flight may take to finish at shutdown."
     )
@@ -123,8 +151,45 @@ class ControlSettings(Section):
     )
 
 
+class RetentionSettings(Section):
+    """How long the ledger keeps what."""
+
+    hours_ms: DurationMs = duration(
+        "90d", "hours", "Hours are kept so long, 62d at least; then their months become days."
+    )
+
+    @field_validator("hours_ms")
+    @classmethod
+    def _whole_months(cls, hours_ms: int) -> int:
+        if hours_ms < MIN_HOURS_MS:
+            raise ValueError(
+                "too short: windows and late answers are worked out from hours; write 62d or more"
+            )
+        return hours_ms
+
+
 class ReconcilerSettings(Section):
     """The background process that carries counts into the ledger."""
+
+    lease_ms: DurationMs = duration(
+        "5s", "lease", "Of several reconcilers one works; another takes over after this."
+    )
+    idle_after_ms: DurationMs = duration(
+        "1d", "idle_after", "A subject that was idle so long leaves Redis, 1h at least."
+    )
+    seal_after_ms: DurationMs = duration(
+        "5m", "seal_after", "How long after its end a period is sealed, to let late answers in."
+    )
+    retention: RetentionSettings = Field(
+        default_factory=RetentionSettings, description="How long the ledger keeps what."
+    )
+
+    @field_validator("idle_after_ms")
+    @classmethod
+    def _not_too_soon(cls, idle_after_ms: int) -> int:
+        if idle_after_ms < MIN_IDLE_MS:
+            raise ValueError("too short: bursts and windows would be forgotten; write 1h or more")
+        return idle_after_ms
 
     flush_interval_ms: DurationMs = duration(
         "1s", "flush_interval", "Time between two flushes of live counters to the ledger."

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from core.config.catalog import MatchSpec, RouteSpec
+from core.config.catalog import MatchSpec, RouteSpec, StatusCharge
 from core.config.compile import Meters, Plans, attempt, mapping
 from core.config.document import Path
 from core.config.problems import Problems, did_you_mean, dotted
-from core.policy import Route
+from core.policy import OutageMode, Route
 
 _LONGEST_NAME = 63
 
@@ -52,6 +52,8 @@ def compile_routes(
         return ()
     # Names that are written come first, so that a derived one never takes them.
     taken: set[str] = set()
+    outage = mapping(mapping(data, "gateway"), "outage")
+    has_spool = bool(str(outage.get("spool_dir") or "").strip())
     for index, raw in enumerate(raw_routes):
         name = raw.get("name") if isinstance(raw, dict) else None
         if isinstance(name, str):
@@ -73,7 +75,7 @@ def compile_routes(
         if spec is not None:
             name = spec.name or derived_name(spec.match, taken)
             taken.add(name)
-            routes.append(_route(path, name, spec, meters, problems))
+            routes.append(_route(path, name, spec, meters, problems, has_spool))
     return tuple(routes)
 
 
@@ -120,12 +122,28 @@ def _reachable(
             return
 
 
-def _route(path: Path, name: str, spec: RouteSpec, meters: Meters, problems: Problems) -> Route:
+def _route(
+    path: Path,
+    name: str,
+    spec: RouteSpec,
+    meters: Meters,
+    problems: Problems,
+    has_spool: bool,
+) -> Route:
     prefix = spec.strip_prefix
     if prefix and not f"{spec.match.path}/".startswith(f"{prefix}/"):
         problems.add(
             (*path, "strip_prefix"),
             f"the path {spec.match.path} does not begin with it; shorten it",
+        )
+    if spec.keyless and spec.charge != "on_admit":
+        problems.add(
+            (*path, "charge"), "nobody to charge: a keyless route has no customer; remove it"
+        )
+    if spec.outage != "closed" and not spec.keyless and not has_spool:
+        problems.add(
+            (*path, "outage"),
+            "nowhere to keep what is admitted until it is counted; set gateway.outage.spool_dir",
         )
     costs = {}
     for meter, cost in spec.meters.items():
@@ -143,4 +161,17 @@ def _route(path: Path, name: str, spec: RouteSpec, meters: Meters, problems: Pro
         keyless=spec.keyless,
         plan=spec.plan or "",
         forward_key=spec.forward_key,
+        reserve=spec.charge != "on_admit",
+        charged=_charged(spec.charge),
+        outage=OutageMode(spec.outage),
     )
+
+
+def _charged(charge: str | StatusCharge) -> frozenset[int] | None:
+    if isinstance(charge, str):
+        return None
+    codes: set[int] = set()
+    for text in charge.status:
+        first = int(text.replace("x", "0"))
+        codes.update(range(first, first + (100 if text.endswith("xx") else 1)))
+    return frozenset(codes)
