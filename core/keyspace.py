@@ -19,6 +19,7 @@ PREFIX = "tg1"
 # Fields of a subject's hash. Numbers inside one field are separated by one space.
 VERSION = "ver"  # grows by one with each admitted check
 EPOCH = "epoch"  # generation of the state: grows whenever it had to be seeded from the ledger
+RUN = "run"  # run of the Redis server in which the state was compared with the ledger
 BOUNDS = "p:"  # p:<meter>            start and end of the billing period, start of the hour
 METER = "m:"  # m:<meter>             total, overage, total and overage of the hour, updates
 CALENDAR = "q:"  # q:<meter>:<kind>   start, total, count at the last update
@@ -28,6 +29,8 @@ SLIDING = "s:"  # s:<limit>           window start, count, count of the window b
 FIRED = "t:"  # t:<limit>             period start, highest threshold fired in percent, the limit
 CLOSED_HOUR = "ch:"  # ch:<meter>:<period start>:<hour>   total, overage; until flushed
 CLOSED_PERIOD = "cp:"  # cp:<meter>:<period start>        end, total, overage; until flushed
+RESERVED = "v:"  # v:<id>   expiry, time, then each meter's name, cost, period, hour and overage
+EXPIRED = "x:"  # x:<id>    what a reservation was that expired, for a settlement that comes late
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,22 @@ class Keyspace:
     def dirty(self, shard: int) -> str:
         """Sorted set: state keys with unflushed changes, by the ms of the first such change."""
         return f"{PREFIX}:{{{shard}}}:dirty"
+
+    def due(self, shard: int) -> str:
+        """Sorted set: `<reservation id> <state key>` by expiry in ms."""
+        return f"{PREFIX}:{{{shard}}}:due"
+
+    def sender(self, shard: int, name: str) -> str:
+        """Text: the last numbered batch of a worker, a resolver or a spool that was applied."""
+        return f"{PREFIX}:{{{shard}}}:w:{name}"
+
+    def ingested(self, shard: int) -> str:
+        """Stream: usage events that were counted, until stored in Postgres."""
+        return f"{PREFIX}:{{{shard}}}:ingested"
+
+    def event(self, subject: str, event_id: str) -> str:
+        """Text: a usage event of this id was counted; kept until a while after it is stored."""
+        return f"{PREFIX}:{{{self.shard(subject)}}}:e:{subject}:{event_id}"
 
     def events(self, shard: int) -> str:
         """Stream: thresholds crossed and periods reset, until stored in Postgres."""

@@ -94,8 +94,7 @@ class Gateway:
         self._batcher = Batcher(
             self._redis_url,
             load("admit"),
-            self._keyspace.dirty(0),
-            self._keyspace.events(0),
+            self._keyspace,
             timeout_s=settings.redis.timeout_ms / 1000,
             max_batch=admission.max_batch,
             max_in_flight=admission.max_in_flight,

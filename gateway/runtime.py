@@ -91,7 +91,7 @@ class Runtime:
             for upstream in snapshot.upstreams.values()
         }
         calendars = calendar_use(snapshot.plans.values())
-        self.catalogue = Catalogue(snapshot.meters, calendars)
+        self.catalogue = Catalogue(snapshot.meters, calendars, snapshot.plans)
         self.trusted = TrustedProxies(
             str(network) for network in snapshot.settings.gateway.trusted_proxies
         )

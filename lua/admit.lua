@@ -6,19 +6,28 @@
 --
 -- KEYS  1        sorted set of changed subjects of the shard
 --       2        event stream of the shard
---       3 ...    a check: the state hash, then one lease set for each concurrency limit
+--       3        sorted set of reservations of the shard, by expiry
+--       4        record of the caller's last batch
+--       5        stream of usage events of the shard
+--       6 ...    a check: the state hash, then one lease set for each concurrency limit, then, for a
+--                usage event, the key that remembers its id
 -- ARGV  1        number of programs, P
 --       2..9     start and end of the current day, week, month, year (ms, UTC)
 --       10       time in ms after which the caller no longer waits
---       11..10+P programs, JSON: see core/admission/program.py
---       then 4 a check: index of its program, start and end of the billing period, and its lease id,
---                or, where the program has no concurrency limit, how many times to check this
+--       11       run of the server in which states must have been verified against the ledger
+--       12       number of the caller's batch: recorded with what was admitted, so that a caller that
+--                never got the answer can learn it
+--       13..12+P programs, JSON: see core/admission/program.py
+--       then 4 a check: index of its program, start and end of the billing period, and the id of its
+--                lease and reservation, or the text of its usage event, or, where the program has none
+--                of these, how many times to check this
 -- Returns a flat list of integers:
 --       now in ms, then each time of a check: status (includes/status.lua), and for each limit of its program
 --       flags, remaining (below zero when a quota is passed), ms until reset.
 --       A check of another status than ADMIT and REJECT has its status alone: COLD (no state, or a
 --       calendar counter is missing), STALE (outside the bounds given), LATE (nobody waits any
---       more), BROKEN (a field cannot be read). None of these counts anything.
+--       more), BROKEN (a field cannot be read), UNVERIFIED (the state may be older than the
+--       ledger), DUPLICATE (a usage event that was counted). None of these counts anything.
 
 -- @include includes/clock.lua
 -- @include includes/status.lua
@@ -34,6 +43,7 @@ local now = math.floor(now_us / 1000)
 local hour = now - now % HOUR
 local hour_text = format(' %d', hour)
 local dirty_key, events_key = KEYS[1], KEYS[2]
+local run = ARGV[11]
 local program_count = tonumber(ARGV[1])
 local calendar = {}
 for i = 1, 8 do calendar[i] = tonumber(ARGV[i + 1]) end
@@ -64,7 +74,15 @@ local function open(key, key_at, program, from_text, to_text)
       s.status = COLD
       return s
     end
+    if values[2] ~= run then
+      s.status = UNVERIFIED
+      return s
+    end
     s.version = tonumber(values[1])
+    if program.event and call('EXISTS', KEYS[key_at + 1 + program.leases]) == 1 then
+      s.status = DUPLICATE
+      return s
+    end
   end
   local meters, counters = {}, {}
   local expected = from_text .. ' ' .. to_text .. hour_text
@@ -136,6 +154,10 @@ local function close(s)
     set[n + 1], set[n + 2] = row[1], format('%d %d %d', c.from, c.total, count)
     n = n + 2
   end
+  for _, item in ipairs(s.reserved or {}) do
+    n = n + 1
+    set[n] = item
+  end
   if s.durable then
     set[n + 1], set[n + 2] = 'ver', s.version
     n = n + 2
@@ -186,8 +208,35 @@ local function cross(s, i, row, before, used, from, to)
   s.fired[i] = highest
 end
 
+-- Remembers what an admitted check charged until it is settled: `expiry admitted`, then for each
+-- meter its name, the cost, start of period and hour, and the overage in it.
+local due = {} -- expiry, member pairs of one ZADD
+
+local function reserve(s, key, id, program, over)
+  local expiry = now + program.reserve
+  local text = format('%d %d', expiry, now)
+  for k, m in ipairs(s.meters) do
+    local row = program.meters[k]
+    text = text .. format(' %s %d %d %d %d', row[1], row[3] == 1 and row[2] or 0, m.from, m.hour, over[k])
+  end
+  s.reserved = s.reserved or {}
+  local n = #s.reserved
+  s.reserved[n + 1], s.reserved[n + 2] = 'v:' .. id, text
+  due[#due + 1] = expiry
+  due[#due + 1] = id .. ' ' .. key
+end
+
+-- Hands a counted usage event on to the reconciler, and remembers its id until that has stored it.
+local function record_event(s, key, program, event_key, text)
+  local m = s.meters[1]
+  call('SET', event_key, now)
+  call('XADD', KEYS[5], '*', 'key', key, 'meter', program.meters[1][1], 'units', program.meters[1][2],
+    'at', now, 'start', m.from, 'hour', m.hour, 'event', text, 'memo', event_key)
+end
+
 local reply, r = { now }, 1
-local key_at, arg_at, last_arg = 3, 11 + program_count, #ARGV
+local key_at, arg_at, last_arg = 6, 13 + program_count, #ARGV
+local taken, taken_any = {}, false -- status of each check, for the record of the batch
 -- scratch of one check, by limit
 local flags, next_a, next_b, next_c = {}, {}, {}, {}
 local left, left_after, wait, reset, over, used, caps = {}, {}, {}, {}, {}, {}, {}
@@ -196,7 +245,7 @@ while arg_at <= last_arg do
   local index = ARGV[arg_at]
   local program = programs[index]
   if not program then
-    program = cjson.decode(ARGV[10 + index])
+    program = cjson.decode(ARGV[12 + index])
     programs[index] = program
   end
   local key = KEYS[key_at]
@@ -212,11 +261,13 @@ while arg_at <= last_arg do
   end
 
   -- equal checks without leases come as one with a number of times
-  local times = program.leases == 0 and tonumber(ARGV[arg_at + 3]) or 1
+  local single = program.leases > 0 or program.reserve > 0 or program.event
+  local times = single and 1 or tonumber(ARGV[arg_at + 3])
   for _ = 1, times do
     if s.status then
       r = r + 1
       reply[r] = s.status
+      taken[#taken + 1] = s.status
     else
       local limits, meters, refused = program.limits, s.meters, false
       local at = 1
@@ -281,6 +332,7 @@ while arg_at <= last_arg do
 
       if refused then
         -- Nothing is consumed: an overage or a warning did not happen either.
+        taken[#taken + 1] = REJECT
         reply[r + 1] = REJECT
         r = r + 1
         for i = 1, #limits do
@@ -289,13 +341,20 @@ while arg_at <= last_arg do
           r = r + 3
         end
       else
+        taken[#taken + 1] = ADMIT
         reply[r + 1] = ADMIT
         r = r + 1
         s.changed = true
+        taken_any = taken_any or s.durable
         if s.durable then s.version = s.version + 1 end
         for k = 1, #meters do
           local row = program.meters[k]
           charge(meters[k], row[3], row[2], over[k], caps[k])
+        end
+        if program.reserve > 0 then reserve(s, key, ARGV[arg_at + 3], program, over) end
+        if program.event then
+          record_event(s, key, program, KEYS[key_at + 1 + program.leases], ARGV[arg_at + 3])
+          s.status = DUPLICATE -- were it in this batch again
         end
         for k = 1, #program.calendars do
           local row, c = program.calendars[k], s.counters[k]
@@ -340,8 +399,13 @@ while arg_at <= last_arg do
     end
   end
   arg_at = arg_at + 4
-  key_at = key_at + 1 + program.leases
+  key_at = key_at + 1 + program.leases + (program.event and 1 or 0)
 end
 
 for i = 1, #order do close(subjects[order[i]]) end
+if #due > 0 then call('ZADD', KEYS[3], unpack(due)) end
+if taken_any then
+  -- A day: far longer than a gateway takes to reconnect and ask.
+  call('SET', KEYS[4], ARGV[12] .. ' ' .. now .. ' ' .. table.concat(taken), 'PX', 86400000)
+end
 return reply

@@ -7,7 +7,7 @@ hours there are in it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from core import clock
@@ -26,7 +26,7 @@ from core.admission.program import CalendarUse
 from core.db.pool import Database, Row, Transaction
 from core.meters import MeterRegistry
 from core.period import HOUR_MS
-from core.policy import Limit, Meter
+from core.policy import Limit, Meter, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Catalogue:
 
     meters: Mapping[str, Meter]
     calendars: CalendarUse
+    plans: Mapping[str, Plan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ A program is JSON, decoded once per batch however many checks use it:
                              [[percent, units, kind], ...]]
                concurrency  [5, name, enforce, limit, lease ms]
     leases     number of concurrency limits
+    reserve    0, or ms after which an admitted check that was not settled is taken back
+    event      there, and true, in the program of one usage event
     ttl        0 for a subject in the ledger; else ms after which an idle subject is forgotten
 
 Positions and indexes count from 1, as Lua does. A quota's counter is a meter index when positive
@@ -23,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from types import MappingProxyType
 
 import orjson
 
@@ -52,6 +55,8 @@ class Verdict(IntEnum):
     STALE = 3  # outside the bounds given: work them out anew and ask again
     LATE = 4  # reached Redis after the caller's time-out
     BROKEN = 5  # a field of the state cannot be read
+    UNVERIFIED = 6  # not compared with the ledger since this server started: seed it and ask again
+    DUPLICATE = 7  # a usage event that was counted before
 
 
 # Flags of one limit's answer, as lua/includes/status.lua numbers them.
@@ -78,8 +83,8 @@ _MONTHS_A_YEAR = 12
 class Program:
     """What a batch needs of a (plan, costs) pair. `limits` are those the costs touch, in order;
     `lease_limits` names the concurrency limits among them and `lease_ms` says how long their leases
-    last; `plan_limits` are all of the plan's,
-    which a subject without state is rebuilt with."""
+    last; `plan_limits` are all of the plan's, which a subject without state is rebuilt with. `costs`
+    are in smallest units; `single` is whether each check is one of its own, never grouped."""
 
     text: bytes
     limits: tuple[Limit, ...]
@@ -88,6 +93,9 @@ class Program:
     answer_size: int
     plan_limits: tuple[Limit, ...]
     lease_ms: tuple[int, ...]
+    costs: Mapping[str, int]
+    reserve_ms: int = 0
+    single: bool = False
 
 
 CalendarUse = Mapping[str, tuple[PeriodKind, ...]]
@@ -125,7 +133,7 @@ class _Builder:
     def __init__(self, meters: Mapping[str, Meter], costs: Mapping[str, int]) -> None:
         self.meters = meters
         self.costs = {name: cost for name, cost in costs.items() if cost > 0}
-        self.fields = [keyspace.VERSION]
+        self.fields = [keyspace.VERSION, keyspace.RUN]
         self.meter_rows: list[list[object]] = []
         self.meter_index: dict[str, int] = {}
         self.calendar_rows: list[list[object]] = []
@@ -227,12 +235,15 @@ def compile_program(
     calendars: CalendarUse,
     *,
     durable: bool = True,
+    reserve_ms: int = 0,
+    event: bool = False,
 ) -> Program:
     """The program of a plan for one set of costs (meter name to units; 0 leaves a meter out).
 
     `calendars` comes from `calendar_use` over all plans in force. `durable=False` is for keyless
     subjects: no ledger, no meters, forgotten when idle; their billing quotas follow the calendar
-    month or year.
+    month or year. With `reserve_ms` an admitted check is a reservation that has to be settled within
+    that time. `event` is for usage that is reported, not proxied: quotas alone apply to it.
 
     Raises:
         KeyError: a cost names a meter that is not in `meters`.
@@ -242,7 +253,8 @@ def compile_program(
     limits = tuple(
         limit
         for limit in plan_limits
-        if isinstance(limit, Concurrency) or limit.meter in builder.costs
+        if (isinstance(limit, Concurrency) or limit.meter in builder.costs)
+        and (not event or isinstance(limit, Quota))
     )
     if durable:
         for name in builder.costs:
@@ -264,9 +276,22 @@ def compile_program(
             "calendars": builder.calendar_rows,
             "limits": rows,
             "leases": len(leases),
+            "reserve": reserve_ms,
+            **({"event": True} if event else {}),
             # of the whole plan: a route that costs one meter must not forget the others' counts
             "ttl": 0 if durable else _ttl_ms(plan_limits),
         }
     )
     lease_ms = tuple(limit.lease_ms for limit in limits if isinstance(limit, Concurrency))
-    return Program(text, limits, leases, durable, 1 + 3 * len(limits), plan_limits, lease_ms)
+    return Program(
+        text,
+        limits,
+        leases,
+        durable,
+        1 + 3 * len(limits),
+        plan_limits,
+        lease_ms,
+        MappingProxyType(builder.costs),
+        reserve_ms,
+        bool(leases or reserve_ms or event),
+    )

@@ -1,13 +1,16 @@
 """Answers cold subjects: reads the ledger, writes the state, lets the check be tried again.
 
-New subject, evicted key, wiped Redis, a plan that counts something the state lacks: one path.
+New subject, evicted key, wiped Redis, a plan that counts something the state lacks, a server that
+was restarted, restored or failed over, and a correction of an hour that Redis no longer has: one path.
+A state of a server that (re)started is compared with the ledger before it decides anything: if the
+ledger has seen a later one, Redis came back with older data, and the ledger's replaces it.
 Requests of the same subject share one run, and subjects that turn up together share its queries, so
 a wiped Redis costs Postgres a few statements per hundred subjects, not one per request.
 
 Steps of a run, and what a crash after each leaves behind:
   1. read the live states                 nothing
-  2. claim an epoch for those without one an epoch nobody uses; a state seeded by another process
-                                          meanwhile is refused by the ledger until it adopts that
+  2. claim an epoch for those without     an epoch nobody uses; a state seeded by another process
+     one, or behind the ledger            meanwhile is refused by the ledger until it adopts that
                                           epoch, which the reconciler makes it do
   3. read the ledger                      as 2
   4. write the states (lua/seed.lua)      seeded subjects; the others are cold as before
@@ -16,15 +19,17 @@ Steps of a run, and what a crash after each leaves behind:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from core import keyspace
 from core.admission.baseline import cold_fields, warm_fields
 from core.admission.ledger import Catalogue, Wanted, read_ledgers
+from core.admission.reopen import Lacking, closed_fields, missing, reserved_hours
 from core.db.pool import Database
 from core.errors import StoreUnavailableError
+from core.failpoints import reach
 from core.meters import MeterRegistry
 from core.policy import Limit
 from core.redis.scripts import load
@@ -41,8 +46,10 @@ _MAX_RUN = 200
 class _Request:
     subject: str
     key: str
-    limits: tuple[Limit, ...]
+    limits: tuple[Limit, ...] | None  # None: those of the plan that Postgres knows
     now_ms: int
+    run: str
+    lacking: Lacking
     future: asyncio.Future[None]
 
 
@@ -51,12 +58,16 @@ class SeedStats:
     runs: int = 0
     cold: int = 0
     warm: int = 0
+    rebuilt: int = 0
     conflicts: int = 0
     failures: int = 0
 
 
 class Seeder:
-    """Seeds subjects in runs, one at a time. `catalogue()` gives the one in force."""
+    """Seeds subjects in runs, one at a time. `catalogue()` gives the one in force.
+
+    `on_seed(kind, count)` is told of subjects that were cold, warm or rebuilt.
+    """
 
     def __init__(
         self,
@@ -64,6 +75,7 @@ class Seeder:
         database: Database | None,
         catalogue: Callable[[], Catalogue],
         registry: MeterRegistry,
+        on_seed: Callable[[str, int], None] | None = None,
     ) -> None:
         self._redis = redis
         self._database = database
@@ -72,10 +84,13 @@ class Seeder:
         self._script = load("seed")
         self._waiting: dict[str, _Request] = {}
         self._task: asyncio.Task[None] | None = None
+        self._on_seed = on_seed
         self.stats = SeedStats()
 
-    async def seed(self, subject: str, key: str, limits: tuple[Limit, ...], now_ms: int) -> None:
-        """Returns when the subject has been given what it lacked.
+    async def seed(
+        self, subject: str, key: str, limits: tuple[Limit, ...], now_ms: int, run: str
+    ) -> None:
+        """Returns when the subject has been given what it lacked, and is verified in `run`.
 
         `now_ms` is Redis time as the cold answer told it. The check may still answer COLD, when the
         state changed meanwhile; then ask again.
@@ -83,12 +98,36 @@ class Seeder:
         Raises:
             StoreUnavailableError: Redis or Postgres did not answer.
         """
+        await self._join(subject, key, limits, now_ms, run, Lacking())
+
+    async def restore(self, subject: str, key: str, run: str, lacking: Lacking) -> None:
+        """As `seed`, and closed hours and periods that are to be corrected are brought back.
+
+        Raises:
+            StoreUnavailableError: Redis or Postgres did not answer.
+        """
+        await self._join(subject, key, None, await self._redis.now_ms(), run, lacking)
+
+    async def _join(
+        self,
+        subject: str,
+        key: str,
+        limits: tuple[Limit, ...] | None,
+        now_ms: int,
+        run: str,
+        lacking: Lacking,
+    ) -> None:
         request = self._waiting.get(subject)
         if request is None:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            request = self._waiting[subject] = _Request(subject, key, limits, now_ms, future)
+            request = _Request(subject, key, limits, now_ms, run, lacking, future)
+            self._waiting[subject] = request
             if self._task is None or self._task.done():
                 self._task = asyncio.create_task(self._run())
+        else:
+            request.lacking.merge(lacking)
+            request.limits = request.limits or limits
+            request.run = run
         # shielded: one client that leaves must not cancel the others' run
         await asyncio.shield(request.future)
 
@@ -138,39 +177,110 @@ class Seeder:
 
     async def _seed(self, requests: list[_Request]) -> None:
         self.stats.runs += 1
-        if self._database is None:
+        database = self._database
+        if database is None:
             raise StoreUnavailableError("no ledger is configured")
         now_ms = max(request.now_ms for request in requests)
         catalogue = self._catalogue()
-        states = await self._redis.hgetall_many([request.key for request in requests])
-        cold = [r.subject for r, state in zip(requests, states, strict=True) if not state]
-        warm = [r.subject for r, state in zip(requests, states, strict=True) if state]
-        self.stats.cold += len(cold)
-        self.stats.warm += len(warm)
+        # Step 1
+        states = dict(
+            zip(
+                [request.subject for request in requests],
+                await self._redis.hgetall_many([request.key for request in requests]),
+                strict=True,
+            )
+        )
+        reach("seed.read")
+        # Step 2
+        warm = [subject for subject, state in states.items() if state]
         epochs: dict[str, tuple[int, int]] = {}
-        for name, subjects in (("claim_epochs", cold), ("read_epochs", warm)):
-            if subjects:
-                for row in await self._database.fetch(name, subjects):
-                    epochs[row["subject"]] = row["epoch"], row["version"]
+        runs = {request.subject: request.run for request in requests}
+        behind: set[str] = set()
+        for row in await database.fetch("read_epochs", warm) if warm else ():
+            subject, state = row["subject"], states[row["subject"]]
+            epochs[subject] = row["epoch"], row["version"]
+            # one that is verified may merely have been read before its last flush
+            verified = state.get(keyspace.RUN) == runs[subject]
+            if not verified and _is_behind(state, row["stored"], row["version"]):
+                behind.add(subject)
+        rebuilt = [subject for subject, state in states.items() if not state or subject in behind]
+        if rebuilt:
+            for row in await database.fetch("claim_epochs", rebuilt):
+                epochs[row["subject"]] = row["epoch"], row["version"]
+        reach("seed.claimed")
+        # Step 3
+        limits = await self._limits(database, requests, catalogue)
         wanted = {
-            request.subject: Wanted(request.limits, state)
-            for request, state in zip(requests, states, strict=True)
+            subject: Wanted(limits[subject], {} if subject in rebuilt else state)
+            for subject, state in states.items()
         }
-        ledgers = await read_ledgers(self._database, self._registry, catalogue, wanted, now_ms)
+        ledgers = await read_ledgers(database, self._registry, catalogue, wanted, now_ms)
         calls: list[tuple[list[str], list[str | int]]] = []
-        for request, state in zip(requests, states, strict=True):
-            ledger = ledgers[request.subject]
-            epoch, version = epochs.get(request.subject, (0, 0))
-            meters, calendars = catalogue.meters, catalogue.calendars
-            if state:
-                fields = warm_fields(ledger, state, meters, calendars, now_ms)
+        for request in requests:
+            subject = request.subject
+            state, live = states[subject], wanted[subject].live
+            if live:
+                fields = warm_fields(
+                    ledgers[subject], live, catalogue.meters, catalogue.calendars, now_ms
+                )
             else:
-                fields = cold_fields(ledger, meters, calendars, request.limits, now_ms)
-            pairs = [part for pair in fields.items() for part in pair]
+                fields = cold_fields(
+                    ledgers[subject], catalogue.meters, catalogue.calendars, limits[subject], now_ms
+                )
+            fields |= await self._reopened(database, request, {**live, **fields})
+            epoch, version = epochs.get(subject, (0, 0))
             seen = state.get(keyspace.VERSION, "")
-            calls.append(([request.key], [seen, epoch, version, *pairs]))
+            mode = "replace" if subject in behind else ""
+            pairs = [part for pair in fields.items() for part in pair]
+            calls.append(([request.key], [seen, epoch, version, request.run, mode, *pairs]))
+        reach("seed.ledger_read")
+        # Step 4
         answers = await self._redis.run_many(self._script, calls)
+        reach("seed.written")
         self.stats.conflicts += sum(1 for answer in answers if answer == 0)
+        self._count(cold=len(states) - len(warm), warm=len(warm) - len(behind), behind=behind)
+
+    def _count(self, cold: int, warm: int, behind: set[str]) -> None:
+        self.stats.cold += cold
+        self.stats.warm += warm
+        self.stats.rebuilt += len(behind)
+        for subject in behind:
+            _log.warning("state_was_behind_ledger", subject=subject, repair="rebuilt")
+        if self._on_seed is not None:
+            for kind, count in (("cold", cold), ("warm", warm), ("rebuilt", len(behind))):
+                if count:
+                    self._on_seed(kind, count)
+
+    async def _limits(
+        self, database: Database, requests: list[_Request], catalogue: Catalogue
+    ) -> dict[str, tuple[Limit, ...]]:
+        """The limits of each subject's plan; a settlement does not know them."""
+        found = {r.subject: r.limits for r in requests if r.limits is not None}
+        unknown = [r.subject for r in requests if r.limits is None]
+        if unknown:
+            for row in await database.fetch("plans_of_subjects", unknown):
+                plan = catalogue.plans.get(row["plan"])
+                found[row["subject"]] = plan.limits if plan is not None else ()
+        return {r.subject: found.get(r.subject, ()) for r in requests}
+
+    async def _reopened(
+        self, database: Database, request: _Request, live: Mapping[str, str]
+    ) -> dict[str, str]:
+        lacking = request.lacking
+        hours = lacking.hours | reserved_hours(live, lacking.reservations)
+        if not hours:
+            return {}
+        fields, asked = missing(live, hours)
+        if asked:
+            known = {**live, **fields}
+            fields |= await closed_fields(database, self._registry, request.subject, known, asked)
+        return fields
+
+
+def _is_behind(state: Mapping[str, str], stored: int, version: int) -> bool:
+    """Whether the ledger has seen a later state than this: `stored` is the epoch of its rows."""
+    epoch, own = int(state.get(keyspace.EPOCH, 0)), int(state.get(keyspace.VERSION, 0))
+    return epoch < stored or (epoch == stored and own < version)
 
 
 def _unavailable(error: BaseException) -> StoreUnavailableError:

@@ -22,6 +22,8 @@ from core.errors import StoreUnavailableError, TallygateError
 Client = Redis | RedisCluster
 
 _SENTINEL_PORT = 26_379
+# Of 40 hexadecimal digits: enough to tell servers apart, and it stands in every subject's state.
+RUN_LENGTH = 16
 
 
 def connect(url: str, timeout_s: float) -> Client:
@@ -50,6 +52,14 @@ def connect(url: str, timeout_s: float) -> Client:
         raise TallygateError(
             "redis.url: not a Redis URL; it looks like redis://:password@host:6379/0"
         ) from error
+
+
+def server_run(info: bytes) -> str:
+    """The run id in the answer of INFO server: another one for each start of a server process."""
+    for line in info.splitlines():
+        if line.startswith(b"run_id:"):
+            return line.removeprefix(b"run_id:").strip().decode()[:RUN_LENGTH]
+    return ""
 
 
 async def ping(client: Client) -> None:

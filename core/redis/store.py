@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoPermissionError, NoScriptError, RedisError
 
 from core.errors import StoreUnavailableError
 from core.redis import client as redis_client
@@ -153,6 +153,15 @@ class Store:
         with self._translated():
             seconds, micros = await self._client.time()
         return int(seconds) * 1000 + int(micros) // 1000
+
+    async def run_id(self) -> str:
+        """Identifies the server process; empty where the user may not ask."""
+        with self._translated():
+            try:
+                answer: Mapping[str, object] = await self._client.info("server")
+            except NoPermissionError:
+                return ""
+        return str(answer.get("run_id", ""))[: redis_client.RUN_LENGTH]
 
     async def ping(self) -> None:
         await redis_client.ping(self._client)

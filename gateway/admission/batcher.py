@@ -11,7 +11,11 @@ connection (replies are matched by order) and every check after it fails at once
 connection is back. No check ever waits in line for a Redis that does not answer. A call carries the
 time until which it is waited for, and the script counts nothing after that: a stalled Redis does
 not charge for what was answered 503 when it wakes up. What remains is a call that ran in time and
-whose answer was lost or late on the way back.
+whose answer was lost: such a batch is handed to `on_unresolved`, which finds out what became of it
+from the record that the script leaves, and takes it back.
+
+Each connection knows the run of the server at its other end. The script takes no state that was not
+compared with the ledger in that run, so a server that comes back with older data decides nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from core import clock
+from core import clock, ids
 from core.admission.program import Program, Verdict
 from core.errors import StoreUnavailableError
+from core.keyspace import Keyspace
 from core.period import calendar_bounds
+from core.redis.client import server_run
 from core.redis.connection import Connection, RedisReplyError
 from core.redis.scripts import Script
 
@@ -52,6 +58,20 @@ class Check:
     period_end_ms: int
     lease: str
     future: asyncio.Future[Sequence[int]]
+    subject: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unresolved:
+    """A batch whose answer was lost: `sender` and `number` name its record, if it left one.
+
+    It counts nothing once Redis' clock has passed `deadline_ms`. `checks` are in the record's order.
+    """
+
+    sender: str
+    number: int
+    deadline_ms: int
+    checks: tuple[Check, ...]
 
 
 @dataclass(slots=True)
@@ -73,19 +93,25 @@ class Batcher:
         self,
         url: str,
         script: Script,
-        dirty_key: str,
-        events_key: str,
+        keyspace: Keyspace,
         *,
+        shard: int = 0,
         timeout_s: float = 0.05,
         max_batch: int = 128,
         max_in_flight: int = 1,
         on_batch: Callable[[int, float], None] | None = None,
         on_error: Callable[[str], None] | None = None,
+        on_unresolved: Callable[[Unresolved], None] | None = None,
         now_ms: clock.Clock = clock.now_ms,
     ) -> None:
         self._url = url
         self._script = script
-        self._shard_keys = (dirty_key, events_key)
+        self._keyspace = keyspace
+        self._shard = shard
+        self._new_sender()
+        self._number = 0
+        self.run = ""  # of the server connected to last
+        self._on_unresolved = on_unresolved
         self._timeout_s = timeout_s
         self._timeout_ms = max(1, round(timeout_s * 1000))
         self._max_batch = max_batch
@@ -103,6 +129,18 @@ class Batcher:
         self._calendar: tuple[int, ...] = ()
         self.clock_offset_ms = 0  # Redis time minus ours, as of the last answer
         self.stats = BatchStats()
+
+    def _new_sender(self) -> None:
+        """Another record for the batches to come: a lost one must not be written over."""
+        self._sender = ids.ulid()
+        keyspace, shard = self._keyspace, self._shard
+        self._shard_keys = (
+            keyspace.dirty(shard),
+            keyspace.events(shard),
+            keyspace.due(shard),
+            keyspace.sender(shard, self._sender),
+            keyspace.ingested(shard),
+        )
 
     # Life cycle
 
@@ -135,6 +173,7 @@ class Batcher:
                 await connection.execute("SCRIPT", "LOAD", self._script.source)
                 seconds, micros = await connection.execute("TIME")
                 role = await _role(connection)
+                run = await _run_id(connection)
         except (RedisReplyError, TimeoutError) as error:
             connection.close()
             raise StoreUnavailableError(f"Redis: {error}") from error
@@ -144,6 +183,7 @@ class Batcher:
         if connection.closed:
             raise StoreUnavailableError("Redis: connection lost")
         self._tell_time(int(seconds) * 1000 + int(micros) // 1000)
+        self.run = run
         # Also when nothing is asked: an idle worker that is not ready would never be asked again.
         connection.on_close = self._reconnect
         self._connection = connection
@@ -185,6 +225,7 @@ class Batcher:
         period_start_ms: int,
         period_end_ms: int,
         lease: str,
+        subject: str = "",
     ) -> asyncio.Future[Sequence[int]]:
         """Queues a check. The future gives `[now ms, status, flags, remaining, reset, ...]`.
 
@@ -199,7 +240,9 @@ class Batcher:
             self._error("overload")
             future.set_exception(StoreUnavailableError("Redis takes fewer checks than arrive"))
             return future
-        self._pending.append(Check(program, keys, period_start_ms, period_end_ms, lease, future))
+        self._pending.append(
+            Check(program, keys, period_start_ms, period_end_ms, lease, future, subject)
+        )
         if not self._flush_scheduled and self._in_flight < self._max_in_flight:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
@@ -240,11 +283,13 @@ class Batcher:
                 texts.append(check.program.text)
                 index = programs[id(check.program)] = len(texts)
             keys += check.keys
-            last = check.lease if check.program.lease_limits else len(group)
+            last = check.lease if check.program.single else len(group)
             arguments += (index, check.period_start_ms, check.period_end_ms, last)
         batch = [check for group in groups for check in group]  # the order of the answers
         started = clock.monotonic()
         self._in_flight += 1
+        self._number += 1
+        sent = Unresolved(self._sender, self._number, now_ms + self._timeout_ms, tuple(batch))
         reply = connection.execute(
             "EVAL" if again else "EVALSHA",
             self._script.source if again else self._script.sha,
@@ -252,12 +297,14 @@ class Batcher:
             *keys,
             len(texts),
             *calendar,
-            now_ms + self._timeout_ms,
+            sent.deadline_ms,
+            self.run,
+            sent.number,
             *texts,
             *arguments,
         )
         timer = self._loop.call_later(self._timeout_s, self._overdue, connection, reply)
-        reply.add_done_callback(lambda done: self._answered(done, batch, started, timer, again))
+        reply.add_done_callback(lambda done: self._answered(done, sent, started, timer, again))
 
     def _overdue(self, connection: Connection, reply: asyncio.Future[list[int]]) -> None:
         # When this very loop was held up, the answer lies unread in the socket: timers run before
@@ -273,16 +320,17 @@ class Batcher:
     def _answered(
         self,
         reply: asyncio.Future[list[int]],
-        batch: list[Check],
+        sent: Unresolved,
         started: float,
         timer: asyncio.TimerHandle,
         again: bool,
     ) -> None:
         timer.cancel()
         self._in_flight -= 1
+        batch = list(sent.checks)
         error = reply.exception()
         if error is not None:
-            self._refused(error, batch, again)
+            self._refused(error, sent, again)
         elif reply.result()[1] == Verdict.LATE and not again:
             # We still waited, so it is our idea of Redis time that was wrong. Nothing was counted.
             self._error("clock")
@@ -306,8 +354,9 @@ class Batcher:
         if self._pending:
             self._flush()
 
-    def _refused(self, error: BaseException, batch: list[Check], again: bool) -> None:
+    def _refused(self, error: BaseException, sent: Unresolved, again: bool) -> None:
         connection = self._connection
+        batch = list(sent.checks)
         if isinstance(error, RedisReplyError) and connection is not None:
             if str(error).startswith("NOSCRIPT") and not again:
                 # SCRIPT FLUSH, or a restart behind a proxy: run the batch again with the source.
@@ -320,6 +369,11 @@ class Batcher:
             if str(error).startswith(_UNUSABLE):
                 connection.close(str(error))
             return
+        # Before anybody is told: what follows may be the end of this process.
+        if self._sender == sent.sender:
+            self._new_sender()
+        if self._on_unresolved is not None:
+            self._on_unresolved(sent)
         self._fail(batch, error)
         if self._pending:
             self._fail(self._take(len(self._pending)), error)
@@ -342,8 +396,17 @@ async def _role(connection: Connection) -> bytes:
     return role
 
 
+async def _run_id(connection: Connection) -> str:
+    """Identifies the server process; empty where the user may not ask."""
+    try:
+        answer = await connection.execute("INFO", "server")
+    except RedisReplyError:
+        return ""
+    return server_run(answer)
+
+
 def _grouped(batch: list[Check]) -> list[list[Check]]:
-    """Equal checks together: one entry of the call each. Checks with leases stand alone.
+    """Equal checks together: one entry of the call each. Those with an id of their own stand alone.
 
     Many connections of one subscription are common, and their checks then cost Redis one hash read
     and written, and a few arguments, together. Checks of one batch have no order among themselves.
@@ -351,7 +414,7 @@ def _grouped(batch: list[Check]) -> list[list[Check]]:
     groups: dict[tuple[int, str, int], list[Check]] = {}
     alone: list[list[Check]] = []
     for check in batch:
-        if check.program.lease_limits:
+        if check.program.single:
             alone.append([check])
             continue
         equal = (id(check.program), check.keys[0], check.period_start_ms)

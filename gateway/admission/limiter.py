@@ -98,12 +98,15 @@ class Limiter:
                 subscription.period_start_ms,
                 subscription.period_end_ms,
                 request_id,
+                subscription.id,
             )
             status = numbers[1]
             if status <= Verdict.REJECT:
                 return self._decision(admission, numbers, keys, request_id)
-            if status == Verdict.COLD:
-                await self._seeder.seed(subscription.id, keys[0], program.plan_limits, numbers[0])
+            if status in (Verdict.COLD, Verdict.UNVERIFIED):
+                await self._seeder.seed(
+                    subscription.id, keys[0], program.plan_limits, numbers[0], batcher.run
+                )
             elif status == Verdict.STALE:
                 self._set_period(admission, subscription, numbers[0])
             else:
@@ -120,7 +123,7 @@ class Limiter:
         """
         keys = self._keys(subject, admission.program)
         for _ in range(_MAX_TRIES):
-            numbers = await self._ask(admission.program, keys, 0, 0, request_id)
+            numbers = await self._ask(admission.program, keys, 0, 0, request_id, subject)
             if numbers[1] <= Verdict.REJECT:
                 return self._decision(admission, numbers, keys, request_id)
             if numbers[1] != Verdict.STALE:
@@ -128,10 +131,16 @@ class Limiter:
         raise StoreUnavailableError("the calendar kept changing; no decision was reached")
 
     async def _ask(
-        self, program: Program, keys: tuple[str, ...], start_ms: int, end_ms: int, request_id: str
+        self,
+        program: Program,
+        keys: tuple[str, ...],
+        start_ms: int,
+        end_ms: int,
+        request_id: str,
+        subject: str,
     ) -> Sequence[int]:
         try:
-            return await self._batcher.submit(program, keys, start_ms, end_ms, request_id)
+            return await self._batcher.submit(program, keys, start_ms, end_ms, request_id, subject)
         except BaseException:
             if program.lease_limits:
                 # It may have been admitted all the same: its slots must not wait for their expiry.

@@ -23,7 +23,7 @@ local function open_meter(name, bounds, text, expected, from, to, now)
              hour_total = 0, hour_over = 0, count = 0, moved = true }
   end
   local total, over, hour_total, hour_over, count =
-    string.match(text, '^(%d+) (%d+) (%d+) (%d+) (%d+)$')
+    string.match(text, '^(-?%d+) (-?%d+) (-?%d+) (-?%d+) (%d+)$')
   assert(count, 'unreadable meter')
   total, over, count = tonumber(total), tonumber(over), tonumber(count)
   hour_total, hour_over = tonumber(hour_total), tonumber(hour_over)
@@ -75,7 +75,7 @@ local function open_calendar(text, from, to, count, durable)
     if durable then return nil end
     return { from = from, to = to, total = 0 }
   end
-  local s, total, n = string.match(text, '^(%d+) (%d+) (%d+)$')
+  local s, total, n = string.match(text, '^(%d+) (-?%d+) (%d+)$')
   s, total = tonumber(s), tonumber(total)
   if durable and tonumber(n) ~= count then return nil end
   if s >= from then return { from = s, to = to, total = total } end

@@ -52,7 +52,7 @@ def scripts(any_redis_url: str) -> Scripts:
 
 
 def test_there_are_scripts() -> None:
-    assert {"admit", "seed", "acknowledge", "release"} <= set(NAMES)
+    assert {"admit", "seed", "settle", "acknowledge", "release"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,7 +65,9 @@ def test_a_script_opens_with_its_contract_and_builds_no_key(name: str) -> None:
     code = re.sub(r"--[^\n]*", "", script.source)
     assert "tg1" not in code
     for key in re.findall(r"call\('[A-Z]+', ([^,)]+)", code):
-        assert re.fullmatch(r"(KEYS\[[^]]+\]?.*|(s\.)?key|dirty_key|events_key)", key), key
+        assert re.fullmatch(
+            r"(KEYS\[[^]]+\]?.*|(s\.|o\.)?key|dirty_key|events_key|event_key)", key
+        ), key
     assert "os." not in code
     assert "math.random" not in code
 
@@ -100,6 +102,12 @@ def test_scripts_touch_only_the_keys_they_are_given(any_redis_url: str) -> None:
         scripts.seed("s", {"q:requests:day": "0 0 0"}, expected="0")
         for _ in range(6):
             scripts.admit("s", PROGRAM, lease="lease")
+        held = compile_program(EVERY, {"requests": 1}, METERS, DAYLY, reserve_ms=1_000)
+        scripts.admit("s", held, lease="held")
+        scripts.settle(("refund", "s", "held"), sender="spool", number=1)
+        usage = compile_program(EVERY, {"requests": 1}, METERS, DAYLY, event=True)
+        event = keyspace.event("s", "e1")
+        scripts.admit("s", usage, lease="{}", event="e1")
         slots = keyspace.leases("s", "slots")
         release, acknowledge = scripts.scripts["release"], scripts.scripts["acknowledge"]
         scripts.redis.evalsha(release.sha, 2, slots, slots, "lease", 1_000, "lease", 0)
@@ -109,7 +117,8 @@ def test_scripts_touch_only_the_keys_they_are_given(any_redis_url: str) -> None:
     finally:
         scripts.redis.echo("end-of-test")
         thread.join(10)
-    given = {key, slots, keyspace.dirty(0), keyspace.events(0)}
+    given = {key, slots, keyspace.dirty(0), keyspace.events(0), keyspace.sender(0, "test")}
+    given |= {keyspace.due(0), keyspace.sender(0, "spool"), event, keyspace.ingested(0)}
     touched = {command.split(" ")[1] for command in seen if command.upper() != "TIME"}
     assert touched == given
     assert set(scripts.redis.keys("*")) <= given
@@ -159,15 +168,17 @@ def test_types_and_layout_of_the_keys(scripts: Scripts) -> None:
         keyspace.leases("s", "slots"): "zset",
         keyspace.dirty(0): "zset",
         keyspace.events(0): "stream",
+        keyspace.sender(0, "test"): "string",
     }
     assert sorted(scripts.state("s")) == sorted(
         [
-            "ver", "epoch", "p:requests", "m:requests", "q:requests:day",
+            "ver", "epoch", "run", "p:requests", "m:requests", "q:requests:day",
             "r:rate", "w:fixed", "s:sliding", "t:monthly",
         ]
     )  # fmt: skip
     assert scripts.redis.zscore(keyspace.dirty(0), keyspace.state("s")) == NOW_MS
-    assert all(scripts.redis.ttl(name) == -1 for name in types)
+    sender = keyspace.sender(0, "test")
+    assert all((scripts.redis.ttl(name) == -1) == (name != sender) for name in types)
 
 
 @pytest.mark.parametrize("days", [-1, 1])
@@ -198,7 +209,7 @@ def test_at_the_last_and_the_first_millisecond_of_a_day(scripts: Scripts) -> Non
 def test_seed_never_lowers(scripts: Scripts) -> None:
     assert scripts.seed("s", {"m:requests": "5 0 5 0 0"}, epoch=3, version=7) == 1
     assert scripts.state("s") == {
-        "epoch": "3", "ver": "7", "m:requests": "5 0 5 0 0",
+        "epoch": "3", "ver": "7", "run": "run", "m:requests": "5 0 5 0 0",
     }  # fmt: skip
     # another seeder of the same cold subject, late
     assert scripts.seed("s", {"m:requests": "1 0 1 0 0"}, epoch=4, version=9) == 0

@@ -21,7 +21,7 @@ from reconciler.events import EventStore
 from reconciler.flush import Flusher
 from tests.property.metering import Entry, Metering
 from tests.property.walk import SLOTS, Plan, Step, Time
-from tests.support.scripts import Outcome, Scripts, plan_of
+from tests.support.scripts import RUN, Outcome, Scripts, plan_of
 
 _subjects = count()
 
@@ -162,7 +162,7 @@ class World:
             if outcome.status is not Verdict.COLD:
                 break
             key = self.scripts.keyspace.state(self.subject)
-            await seeder.seed(self.subject, key, program.plan_limits, self.time.now)
+            await seeder.seed(self.subject, key, program.plan_limits, self.time.now, RUN)
             if not self.live:
                 self.live, self.model.log = True, list(self.durable)
                 self.claimed += 1

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import redis
 
 from core.admission.program import Program, Verdict
+from core.admission.settlement import Kind
 from core.keyspace import Keyspace
 from core.period import billing_period, calendar_bounds
 from core.policy import Plan
@@ -18,6 +20,9 @@ from core.redis.scripts import make, render
 TEST_CLOCK = """
 local function now_micros() return tonumber(redis.call('GET', 'test:clock')) end
 """
+
+# What the states are verified in, unless a test says otherwise.
+RUN = "run"
 
 
 @dataclass
@@ -47,13 +52,15 @@ class Scripts:
         replace = {"includes/clock.lua": TEST_CLOCK} if controlled else None
         self.scripts = {
             name: make(name, render(name, replace))
-            for name in ("admit", "release", "seed", "acknowledge")
+            for name in ("admit", "release", "seed", "acknowledge", "settle")
         }
         for script in self.scripts.values():
             self.redis.script_load(script.source)
         self.keyspace = Keyspace()
         self._lease = count()
         self.now_us = 0
+        self.run = RUN
+        self._batch = 0
 
     def at(self, now_us: int) -> None:
         """Sets the scripts' clock."""
@@ -72,13 +79,15 @@ class Scripts:
         expected: str = "",
         epoch: int = 1,
         version: int = 0,
+        run: str = RUN,
+        mode: str = "",
     ) -> int:
         pairs: list[str | int] = []
         for name, value in (fields or {}).items():
             pairs += (name, value)
         script = self.scripts["seed"]
         key = self.keyspace.state(subject)
-        answer = self.redis.evalsha(script.sha, 1, key, expected, epoch, version, *pairs)
+        answer = self.redis.evalsha(script.sha, 1, key, expected, epoch, version, run, mode, *pairs)
         assert isinstance(answer, int)
         return answer
 
@@ -91,14 +100,16 @@ class Scripts:
         anchor_ms: int = 0,
         interval: int = 1,
         lease: str | None = None,
+        event: str = "",
     ) -> Outcome:
-        """One check, alone in its batch."""
+        """One check, alone in its batch; `lease` is the text of the usage event `event`."""
         return self.batch(
             [(subject, program)],
             span=span,
             anchor_ms=anchor_ms,
             interval=interval,
             leases=[lease] if lease else None,
+            events=[event] if event else None,
         )[0]
 
     def batch(
@@ -109,11 +120,15 @@ class Scripts:
         anchor_ms: int = 0,
         interval: int = 1,
         leases: Sequence[str] | None = None,
+        events: Sequence[str] | None = None,
         calendar: Sequence[int] | None = None,
         deadline: int | None = None,
     ) -> list[Outcome]:
         span = span or billing_period(anchor_ms, interval, self.now_ms)
-        keys = [self.keyspace.dirty(0), self.keyspace.events(0)]
+        keyspace = self.keyspace
+        keys = [keyspace.dirty(0), keyspace.events(0), keyspace.due(0)]
+        keys += [keyspace.sender(0, "test"), keyspace.ingested(0)]
+        self._batch += 1
         programs: list[Program] = []
         arguments: list[str | int] = []
         for position, (subject, program) in enumerate(checks):
@@ -121,8 +136,10 @@ class Scripts:
                 programs.append(program)
             keys.append(self.keyspace.state(subject))
             keys += [self.keyspace.leases(subject, name) for name in program.lease_limits]
+            if events:
+                keys.append(keyspace.event(subject, events[position]))
             lease = leases[position] if leases else f"lease-{next(self._lease)}"
-            last = lease if program.lease_limits else 1
+            last = lease if program.single else 1
             arguments += (programs.index(program) + 1, *span, last)
         script = self.scripts["admit"]
         reply = self.redis.evalsha(
@@ -132,6 +149,8 @@ class Scripts:
             len(programs),
             *(calendar or calendar_bounds(self.now_ms)),
             deadline or 2**52,
+            self.run,
+            self._batch,
             *(program.text for program in programs),
             *arguments,
         )
@@ -147,6 +166,20 @@ class Scripts:
             outcomes.append(outcome)
         assert at == len(reply)
         return outcomes
+
+    def settle(
+        self, *operations: tuple[Any, ...], sender: str = "", number: int | str = "", run: str = RUN
+    ) -> list[int]:
+        """Operations of (kind, subject, id, numbers...); see core.admission.settlement."""
+        keys = [self.keyspace.dirty(0), self.keyspace.due(0), self.keyspace.sender(0, sender)]
+        arguments: list[str | int] = [run, number]
+        for kind, subject, name, *numbers in operations:
+            keys.append(self.keyspace.state(subject))
+            arguments += (int(Kind[kind.upper()]), name, len(numbers), *numbers)
+        script = self.scripts["settle"]
+        answer = self.redis.evalsha(script.sha, len(keys), *keys, *arguments)
+        assert isinstance(answer, list)
+        return answer
 
     def state(self, subject: str) -> dict[str, str]:
         found = self.redis.hgetall(self.keyspace.state(subject))

@@ -61,13 +61,13 @@ def test_limits_that_the_costs_do_not_touch_are_left_out() -> None:
     assert (program.lease_limits, program.answer_size, program.durable) == (("slots",), 16, True)
     text = text_of(program)
     assert text["fields"] == [
-        "ver", "p:requests", "m:requests", "q:requests:day", "r:rate", "s:sliding",
+        "ver", "run", "p:requests", "m:requests", "q:requests:day", "r:rate", "s:sliding",
     ]  # fmt: skip
-    assert text["meters"] == [["requests", 2, 1, 2]]
-    assert text["calendars"] == [["q:requests:day", 1, 1, 2, 1, 4]]
+    assert text["meters"] == [["requests", 2, 1, 3]]
+    assert text["calendars"] == [["q:requests:day", 1, 1, 2, 1, 5]]
     assert text["limits"] == [
-        [1, "r:rate", 1, 2, 10, 1_000_000, 20, 5],
-        [3, "s:sliding", 1, 2, 5, 60_000, 6],
+        [1, "r:rate", 1, 2, 10, 1_000_000, 20, 6],
+        [3, "s:sliding", 1, 2, 5, 60_000, 7],
         [4, "t:monthly", 1, 100, 1, 2, 1, "monthly", "requests",
          [[50, 50, "warning"], [101, 101, "exceeded"]]],
         [4, "t:daily", 1, 10, -1, 1, 1, "daily", "requests", [[101, 11, "exceeded"]]],

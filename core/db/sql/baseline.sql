@@ -9,7 +9,10 @@ ON CONFLICT (subject) DO UPDATE SET epoch = l.epoch + 1, updated_at = now()
 RETURNING subject, epoch, version;
 
 -- name: read_epochs
-SELECT subject, epoch, version FROM ledger_subjects WHERE subject = ANY ($1::text[]);
+-- `stored` is the highest epoch of which anything was stored: a claimed one may never have been used.
+SELECT s.subject, s.epoch, s.version,
+       (SELECT coalesce(max(p.epoch), 0) FROM ledger_periods p WHERE p.subject = s.subject) AS stored
+FROM ledger_subjects s WHERE s.subject = ANY ($1::text[]);
 
 -- name: consistent_read
 -- First in a transaction: what follows sees one state of the ledger, whatever is flushed meanwhile.
@@ -57,11 +60,21 @@ WHERE s.total IS NOT NULL;
 
 -- name: these_hours
 -- What the ledger has of hours that a live state holds too.
-SELECT l.subject, l.meter, l.period_start, l.hour_start, l.total
+SELECT l.subject, l.meter, l.period_start, l.hour_start, l.total, l.overage
 FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[])
     AS t (subject, meter, period_start, hour_start)
 JOIN ledger_hours l ON l.subject = t.subject AND l.meter = t.meter
     AND l.hour_start = t.hour_start AND l.period_start = t.period_start;
+
+-- name: these_periods
+-- What the ledger has of billing periods that are to be corrected.
+SELECT l.subject, l.meter, l.period_start, l.period_end, l.total, l.overage
+FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS t (subject, meter, period_start)
+JOIN ledger_periods l ON l.subject = t.subject AND l.meter = t.meter
+    AND l.period_start = t.period_start;
+
+-- name: plans_of_subjects
+SELECT id AS subject, plan FROM subscriptions WHERE id = ANY ($1::text[]);
 
 -- name: thresholds_fired
 -- For each limit the highest threshold of the latest period that has not ended, under the height

@@ -89,8 +89,7 @@ async def stack(
     batcher = Batcher(
         redis_url,
         load("admit"),
-        keyspace.dirty(0),
-        keyspace.events(0),
+        keyspace,
         timeout_s=timeout_s,
         max_batch=max_batch,
         max_in_flight=max_in_flight,

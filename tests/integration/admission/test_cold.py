@@ -219,7 +219,9 @@ def test_a_client_that_leaves_does_not_cancel_the_run(valkey: str, database: str
         async with stack(valkey, database, PLAN) as s:
             key = s.keyspace.state("s")
             waiting = [
-                asyncio.create_task(s.seeder.seed("s", key, PLAN.limits, clock.now_ms()))
+                asyncio.create_task(
+                    s.seeder.seed("s", key, PLAN.limits, clock.now_ms(), s.batcher.run)
+                )
                 for _ in range(3)
             ]
             await asyncio.sleep(0)
@@ -237,7 +239,13 @@ def test_closing_the_seeder_tells_whoever_waits(valkey: str, database: str) -> N
         async with stack(valkey, database, PLAN) as s:
             waiting = [
                 asyncio.create_task(
-                    s.seeder.seed(f"s{n}", s.keyspace.state(f"s{n}"), PLAN.limits, clock.now_ms())
+                    s.seeder.seed(
+                        f"s{n}",
+                        s.keyspace.state(f"s{n}"),
+                        PLAN.limits,
+                        clock.now_ms(),
+                        s.batcher.run,
+                    )
                 )
                 for n in range(300)
             ]

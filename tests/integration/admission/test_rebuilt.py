@@ -32,7 +32,7 @@ from core.policy import (
 from reconciler.events import EventStore
 from reconciler.flush import Flusher
 from tests.integration.admission.stack import METERS, Stack, stack
-from tests.support.scripts import Outcome, Scripts, plan_of
+from tests.support.scripts import RUN, Outcome, Scripts, plan_of
 
 ANCHOR_MS = from_datetime(datetime(2026, 3, 10, 6, 30, tzinfo=UTC))
 SPAN = billing_period(ANCHOR_MS, 1, ANCHOR_MS)
@@ -58,7 +58,7 @@ class World:
             outcome = self._ask(costs)
             if outcome.status is Verdict.COLD:
                 await self.s.seeder.seed(
-                    "s", self.s.keyspace.state("s"), self.plan.limits, self.scripts.now_ms
+                    "s", self.s.keyspace.state("s"), self.plan.limits, self.scripts.now_ms, RUN
                 )
                 outcome = self._ask(costs)
             assert outcome.admitted, outcome
@@ -232,7 +232,7 @@ def test_thresholds_fired_are_those_of_the_limits_last_height(valkey: str, datab
         await events.store_all()
         assert w.scripts.state("s")["t:monthly"] == f"{SPAN[0]} 90 50"
         w.wipe()
-        await w.s.seeder.seed("s", w.s.keyspace.state("s"), w.plan.limits, w.scripts.now_ms)
+        await w.s.seeder.seed("s", w.s.keyspace.state("s"), w.plan.limits, w.scripts.now_ms, RUN)
         assert w.scripts.state("s")["t:monthly"] == f"{SPAN[0]} 90 50"
         await w.hit()
         assert w.scripts.state("s")["t:monthly"] == f"{SPAN[0]} 95 50"

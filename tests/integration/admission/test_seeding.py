@@ -19,7 +19,7 @@ from core.policy import Action, FixedWindow, PeriodKind, Plan, Quota, SlidingWin
 from reconciler.events import EventStore
 from reconciler.flush import Flusher
 from tests.integration.admission.stack import METERS, Stack, stack
-from tests.support.scripts import Scripts, plan_of
+from tests.support.scripts import RUN, Scripts, plan_of
 
 # A Wednesday, so that day, week and month differ, and not in the first months of the year.
 NOW_MS = from_datetime(datetime(2026, 6, 17, 11, 20, tzinfo=UTC))
@@ -60,7 +60,7 @@ def run(
 
 
 async def seed(s: Stack, plan: Plan, subject: str = "s", now_ms: int = NOW_MS) -> None:
-    await s.seeder.seed(subject, s.keyspace.state(subject), plan.limits, now_ms)
+    await s.seeder.seed(subject, s.keyspace.state(subject), plan.limits, now_ms, RUN)
 
 
 async def flush(s: Stack) -> None:
@@ -142,7 +142,7 @@ def test_the_first_request_seeds_the_windows_of_the_others(
         scripts.redis.flushdb()
         scripts.at(NOW_MS * 1000)
         admission = s.admission(PLAN, {"requests": 1})
-        await s.seeder.seed("s", s.keyspace.state("s"), admission.program.plan_limits, NOW_MS)
+        await s.seeder.seed("s", s.keyspace.state("s"), admission.program.plan_limits, NOW_MS, RUN)
         assert remaining(scripts, s, PLAN, credits=150) == expected
 
     run(valkey, database, check, PLAN)

@@ -1,0 +1,285 @@
+-- Settles reservations and corrects totals after the fact, in a batch.
+--
+-- A reservation was counted when it was made. Confirming it only forgets it; refunding, expiring or
+-- correcting it changes the totals of the period and hour it was counted in, however long ago that
+-- was. What an expired one was is remembered for a while, so that a settlement which comes late
+-- after all is counted again. An adjustment is not bound to a reservation: it must come in a batch
+-- with a number, and is applied once however often the batch is sent.
+--
+-- KEYS  1        sorted set of changed subjects of the shard
+--       2        sorted set of reservations of the shard, by expiry
+--       3        record of the numbered batches of this sender
+--       4 ...    state hash of each operation
+-- ARGV  1        run in which states must have been verified, '' to take any
+--       2        number of this batch, growing from one batch of the sender to the next; '' for none
+--       then for each operation: kind, id, and count of numbers that follow; kinds are
+--         1 confirm, 2 refund, 3 expire, 5 cost, each of the reservation `id`; 4 renew: ms;
+--         6 adjust: no id. After 5 and 6 follow, a meter: name, aggregation (1 sum, 2 max, 3 last),
+--         units, period start, period end, time it was counted, and limit above which it is overage or
+--         ''. Of these, a cost only reads name and units.
+-- Returns -1 when the numbered batch was applied before; else for each operation 1 done, 0 there is
+--         no such reservation (any more), 2 COLD (state or closed hour or period is missing: restore it
+--         from the ledger and send again), 6 UNVERIFIED. A numbered batch is applied whole or, when
+--         an operation is COLD or UNVERIFIED, not at all.
+
+-- @include includes/clock.lua
+-- @include includes/status.lua
+-- @include includes/usage.lua
+
+local CONFIRM, REFUND, EXPIRE, RENEW, COST, ADJUST = 1, 2, 3, 4, 5, 6
+local DONE, GONE = 1, 0
+local TOMBSTONE_MS = 3600000 -- an hour: a gateway that was cut off longer than that was restarted
+local RECORD_MS = 2592000000 -- a month: a spool may wait that long on the disk of a dead host
+local KINDS = { 'day', 'week', 'month', 'year' }
+local call, format = redis.call, string.format
+
+local now = math.floor(now_micros() / 1000)
+local run, number = ARGV[1], tonumber(ARGV[2])
+
+if number then
+  local last = tonumber(call('GET', KEYS[3]) or '0')
+  if last >= number then return { -1 } end
+end
+
+-- Operations, read into tables before anything is changed.
+local operations, at = {}, 3
+for i = 4, #KEYS do
+  local o = { key = KEYS[i], kind = tonumber(ARGV[at]), id = ARGV[at + 1], numbers = {} }
+  local count = tonumber(ARGV[at + 2])
+  for n = 1, count do o.numbers[n] = ARGV[at + 2 + n] end
+  at = at + 3 + count
+  operations[#operations + 1] = o
+end
+
+-- What a reservation's text says: expiry, time it was made, and for each meter its name, the cost, the
+-- period and hour it was counted in, and how much of it was overage.
+local function parse(text)
+  local items = {}
+  for word in string.gmatch(text, '%S+') do items[#items + 1] = word end
+  local meters = {}
+  for n = 3, #items, 5 do
+    meters[#meters + 1] = { name = items[n], cost = tonumber(items[n + 1]),
+                            period = tonumber(items[n + 2]), hour = tonumber(items[n + 3]),
+                            over = tonumber(items[n + 4]) }
+  end
+  return tonumber(items[1]), tonumber(items[2]), meters
+end
+
+-- The changes an operation makes: {name, aggregation, units, period start, end, time, cap}.
+local function changes(o)
+  local list = {}
+  if o.kind == ADJUST then
+    for n = 1, #o.numbers, 7 do
+      local function num(k) return tonumber(o.numbers[n + k]) end
+      list[#list + 1] = { name = o.numbers[n], kind = num(1), units = num(2), from = num(3), to = num(4),
+                          at = num(5), cap = num(6) }
+    end
+    return list
+  end
+  local _, made, meters = parse(o.text)
+  local actual = {}
+  if o.kind == COST then
+    for n = 1, #o.numbers, 7 do actual[o.numbers[n]] = tonumber(o.numbers[n + 2]) end
+  end
+  for _, m in ipairs(meters) do
+    local before = o.expired and 0 or m.cost -- what the totals hold of it
+    local after = m.cost
+    if o.kind == REFUND or o.kind == EXPIRE then after = 0 end
+    if o.kind == COST and actual[m.name] then after = actual[m.name] end
+    if after ~= before then
+      list[#list + 1] = { name = m.name, kind = 1, units = after - before, from = m.period,
+                          to = m.period + 1, at = math.max(made, m.hour), settles = true,
+                          over = o.expired and math.min(m.over, after) or nil }
+    end
+  end
+  return list
+end
+
+local function add(total, over, change)
+  local after = change.kind == 1 and total + change.units or aggregate(change.kind, total, change.units)
+  local excess = 0
+  if change.over then
+    excess = change.over -- what was given back when it expired
+  elseif change.units < 0 then
+    if over > 0 then excess = -math.min(-change.units, over) end -- overage is given back first
+  elseif change.cap and after > change.cap then
+    excess = total > change.cap and after - total or after - change.cap
+  end
+  return after, excess
+end
+
+-- Whether a change finds what it changes. Nothing is changed.
+local function possible(key, change)
+  local meter = 'm:' .. change.name
+  local bounds = call('HGET', key, 'p:' .. change.name)
+  if not bounds then return false end
+  local from, _, hour = string.match(bounds, '^(%d+) (%d+) (%d+)$')
+  from, hour = tonumber(from), tonumber(hour)
+  local its = change.at - change.at % HOUR
+  if not call('HGET', key, meter) then return false end
+  if change.from > from and change.at >= from then return true end -- rolls on to it
+  if change.from == from and its >= hour then return true end
+  if call('HEXISTS', key, format('ch:%s:%d:%d', change.name, change.from, its)) == 0 then return false end
+  return change.from == from or call('HEXISTS', key, format('cp:%s:%d', change.name, change.from)) == 1
+end
+
+local function apply(key, change)
+  local name = change.name
+  local p, m = 'p:' .. name, 'm:' .. name
+  local its = change.at - change.at % HOUR
+  local bounds = call('HGET', key, p)
+  local from, _, hour = string.match(bounds, '^(%d+) (%d+) (%d+)$')
+  from, hour = tonumber(from), tonumber(hour)
+  local current = change.from == from and its == hour
+  if change.from > from or (change.from == from and its > hour) then
+    -- the first count of a later hour or period: close what was open
+    local meter = open_meter(name, bounds, call('HGET', key, m), '', change.from, change.to, change.at)
+    local set = { p, format('%d %d %d', meter.from, meter.to, meter.hour),
+                  m, format('%d %d %d %d %d', meter.total, meter.over, meter.hour_total,
+                            meter.hour_over, meter.count) }
+    for _, item in ipairs(meter.closed or {}) do set[#set + 1] = item end
+    call('HSET', key, unpack(set))
+    current = true
+  end
+  local total, over, hour_total, hour_over, count =
+    string.match(call('HGET', key, m), '^(-?%d+) (-?%d+) (-?%d+) (-?%d+) (%d+)$')
+  total, over, count = tonumber(total), tonumber(over), tonumber(count)
+  hour_total, hour_over = tonumber(hour_total), tonumber(hour_over)
+  local excess
+  if current or change.from == from then
+    total, excess = add(total, over, change)
+    over = over + excess
+  else
+    local field = format('cp:%s:%d', name, change.from)
+    local ends, closed, closed_over =
+      string.match(call('HGET', key, field), '^(%d+) (-?%d+) (-?%d+)$')
+    closed, closed_over = tonumber(closed), tonumber(closed_over)
+    closed, excess = add(closed, closed_over, change)
+    call('HSET', key, field, format('%d %d %d', tonumber(ends), closed, closed_over + excess))
+  end
+  if current then
+    hour_total = change.kind == 1 and hour_total + change.units
+      or aggregate(change.kind, hour_total, change.units)
+    hour_over = hour_over + excess
+  else
+    local field = format('ch:%s:%d:%d', name, change.from, its)
+    local closed, closed_over = string.match(call('HGET', key, field), '^(-?%d+) (-?%d+)$')
+    closed = change.kind == 1 and tonumber(closed) + change.units
+      or aggregate(change.kind, tonumber(closed), change.units)
+    call('HSET', key, field, format('%d %d', closed, tonumber(closed_over) + excess))
+  end
+  -- Calendar counters: a settlement of what they hold goes into them. Anything else leaves them behind
+  -- their meter, upon which they are rebuilt from the ledger.
+  if change.settles then
+    for _, kind in ipairs(KINDS) do
+      local field = 'q:' .. name .. ':' .. kind
+      local text = call('HGET', key, field)
+      if text then
+        local start, sum, n = string.match(text, '^(%d+) (-?%d+) (%d+)$')
+        if tonumber(n) == count then
+          if tonumber(start) <= change.at then sum = tonumber(sum) + change.units end
+          call('HSET', key, field, format('%d %d %d', tonumber(start), tonumber(sum), count + 1))
+        end
+      end
+    end
+  end
+  call('HSET', key, m, format('%d %d %d %d %d', total, over, hour_total, hour_over, count + 1))
+  return excess
+end
+
+-- A reservation's text once it has expired: its overage is now what was given back of it.
+local function expired_text(o, given)
+  local expiry, made, meters = parse(o.text)
+  local text = format('%d %d', expiry, made)
+  for _, m in ipairs(meters) do
+    text = text .. format(' %s %d %d %d %d', m.name, m.cost, m.period, m.hour, given[m.name] or 0)
+  end
+  return text
+end
+
+-- Looks an operation up: the answer if there is nothing to change, or nil.
+local function look_up(o)
+  local known = call('HGET', o.key, 'run')
+  if o.kind ~= ADJUST then
+    o.text = call('HGET', o.key, 'v:' .. o.id)
+    if not o.text then
+      o.text = call('HGET', o.key, 'x:' .. o.id)
+      o.expired = o.text and true
+    end
+    if not o.text then return GONE end
+  elseif not known then
+    return COLD
+  end
+  if run ~= '' and known ~= run then return UNVERIFIED end
+  if o.kind == RENEW then
+    if o.expired then return GONE end
+    return nil
+  end
+  if o.kind == EXPIRE and not o.expired then
+    local expiry = parse(o.text)
+    if expiry > now then
+      o.later = expiry -- it was renewed meanwhile
+      return nil
+    end
+  end
+  o.list = changes(o)
+  for _, change in ipairs(o.list) do
+    if not (o.kind == EXPIRE and o.expired) and not possible(o.key, change) then return COLD end
+  end
+  return nil
+end
+
+local function settle(o)
+  local member = o.id .. ' ' .. o.key
+  if o.later then
+    call('ZADD', KEYS[2], o.later, member)
+    return
+  end
+  if o.kind == RENEW then
+    local _, rest = string.match(o.text, '^(%d+) (.*)$')
+    local expiry = now + tonumber(o.numbers[1])
+    call('HSET', o.key, 'v:' .. o.id, format('%d %s', expiry, rest))
+    call('ZADD', KEYS[2], expiry, member)
+    return
+  end
+  if o.kind == EXPIRE and o.expired then -- nobody came
+    call('HDEL', o.key, 'x:' .. o.id)
+    call('ZREM', KEYS[2], member)
+    return
+  end
+  local given = {}
+  for _, change in ipairs(o.list) do given[change.name] = -apply(o.key, change) end
+  if o.kind ~= ADJUST then
+    call('HDEL', o.key, (o.expired and 'x:' or 'v:') .. o.id)
+    if o.kind == EXPIRE then
+      call('HSET', o.key, 'x:' .. o.id, expired_text(o, given))
+      call('ZADD', KEYS[2], now + TOMBSTONE_MS, member)
+    else
+      call('ZREM', KEYS[2], member)
+    end
+  end
+  if #o.list > 0 then
+    call('HINCRBY', o.key, 'ver', 1)
+    call('ZADD', KEYS[1], 'NX', now, o.key)
+  end
+end
+
+local reply = {}
+if number then
+  for i, o in ipairs(operations) do
+    reply[i] = look_up(o) or DONE
+    if reply[i] == COLD or reply[i] == UNVERIFIED then return reply end
+  end
+  for i, o in ipairs(operations) do
+    if reply[i] == DONE then settle(o) end
+  end
+  call('SET', KEYS[3], number, 'PX', RECORD_MS)
+else
+  for i, o in ipairs(operations) do
+    reply[i] = look_up(o) or DONE
+    if reply[i] == DONE then settle(o) end
+    -- of a reservation that is gone nothing is left to expire
+    if reply[i] == GONE and o.id ~= '' then call('ZREM', KEYS[2], o.id .. ' ' .. o.key) end
+  end
+end
+return reply
