@@ -83,8 +83,8 @@ _MONTHS_A_YEAR = 12
 class Program:
     """What a batch needs of a (plan, costs) pair. `limits` are those the costs touch, in order;
     `lease_limits` names the concurrency limits among them and `lease_ms` says how long their leases
-    last; `plan_limits` are all of the plan's, which a subject without state is rebuilt with. `costs`
-    are in smallest units; `single` is whether each check is one of its own, never grouped."""
+    last; `plan_limits` are all of the plan's, with which a cold subject is rebuilt. `costs`
+    are in smallest units; `single` is whether each check is one of its own, not grouped."""
 
     text: bytes
     limits: tuple[Limit, ...]
@@ -242,8 +242,7 @@ def compile_program(
 
     `calendars` comes from `calendar_use` over all plans in force. `durable=False` is for keyless
     subjects: no ledger, no meters, forgotten when idle; their billing quotas follow the calendar
-    month or year. With `reserve_ms` an admitted check is a reservation that has to be settled within
-    that time. `event` is for usage that is reported, not proxied: quotas alone apply to it.
+    month or year. With `reserve_ms` an admitted check is a reservation, to be settled within that time. `event` is for usage that is reported, not proxied: quotas alone apply to it.
 
     Raises:
         KeyError: a cost names a meter that is not in `meters`.

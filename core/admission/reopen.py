@@ -1,7 +1,7 @@
 """Reads closed hours and periods back from the ledger, for a correction that comes late.
 
 Redis keeps a closed hour or period until it is in the ledger. A settlement that arrives after that
-finds it missing; it is then given its ledger row again, as an absolute total, corrects that, and the
+finds it missing; it is then given its ledger row again, an absolute total, corrects that, and the
 next flush takes it back. Nothing is ever added up from two places.
 """
 
@@ -50,7 +50,7 @@ def reserved_hours(live: Mapping[str, str], names: Iterable[str]) -> set[Hour]:
 
 
 def missing(live: Mapping[str, str], hours: Iterable[Hour]) -> tuple[dict[str, str], set[Hour]]:
-    """Fields that a state lacks for corrections of these hours, and the hours to ask the ledger for.
+    """Fields that a state lacks for corrections of these hours, and hours to ask the ledger for.
 
     The fields are records of meters that start from zero.
     """

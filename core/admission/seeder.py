@@ -1,7 +1,7 @@
 """Answers cold subjects: reads the ledger, writes the state, lets the check be tried again.
 
 New subject, evicted key, wiped Redis, a plan that counts something the state lacks, a server that
-was restarted, restored or failed over, and a correction of an hour that Redis no longer has: one path.
+was restarted, restored or failed over, a correction of an hour that Redis no longer has: one path.
 A state of a server that (re)started is compared with the ledger before it decides anything: if the
 ledger has seen a later one, Redis came back with older data, and the ledger's replaces it.
 Requests of the same subject share one run, and subjects that turn up together share its queries, so

@@ -48,7 +48,7 @@ class Settled(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Units of a meter, counted at a time within a billing period; `cap` is where overage begins."""
+    """Units of a meter, counted at a time in a billing period; `cap` is where overage begins."""
 
     meter: str
     units: int
@@ -61,8 +61,11 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One settlement of a subject. `id` names the reservation; `changes` are an adjustment's, or the
-    actual cost's, of which only meter and units count; `ms` is a renewal's."""
+    """One settlement of a subject.
+
+    `id` names the reservation; `changes` are an adjustment's, or the actual cost's, of which only
+    meter and units count; `ms` is a renewal's.
+    """
 
     kind: Kind
     subject: str
@@ -81,7 +84,7 @@ class Operation:
 
 
 def cap_of(plan: Plan, meter: str) -> int | None:
-    """Where overage of a meter begins under a plan: its lowest billing quota that charges for it."""
+    """Where overage of a meter begins: the plan's lowest billing quota that charges for it."""
     limits: Sequence[Limit] = plan.limits
     caps = [
         limit.limit

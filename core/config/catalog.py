@@ -303,8 +303,8 @@ class RouteSpec(Section):
     forward_key: Flag = preset(False, False, None, "true lets the upstream see the key.")
     charge: ChargeRule = Field(
         default="on_admit",
-        description="What is paid for: on_admit every request that went upstream, on_response those "
-        "that were answered, {status: [2xx, 404]} those answered so.",
+        description="What is paid for: on_admit all that went upstream, on_response what was "
+        "answered, {status: [2xx, 404]} those answered so.",
     )
     outage: Literal["closed", "open", "local"] = Field(
         default="closed",

@@ -65,7 +65,7 @@ class Check:
 class Unresolved:
     """A batch whose answer was lost: `sender` and `number` name its record, if it left one.
 
-    It counts nothing once Redis' clock has passed `deadline_ms`. `checks` are in the record's order.
+    It counts nothing once Redis' clock has passed `deadline_ms`; `checks` are in its order.
     """
 
     sender: str
