@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             die_with_parent(arguments.parent)
-            return worker.run(arguments.config, listen, arguments.ready_fd)
+            workers = arguments.workers or 1
+            return worker.run(arguments.config, listen, arguments.ready_fd, workers)
         snapshot = load(arguments.config)
         required(snapshot)
         listen = listen or snapshot.settings.gateway.listen

@@ -12,6 +12,7 @@ import orjson
 
 from core import clock
 from core.admission.seeder import Seeder
+from core.admission.settlement import Settlement
 from core.config import ConfigWatcher, Snapshot, plans_removed, restart_needed
 from core.db import Database, connect_pool
 from core.errors import ConfigError
@@ -23,11 +24,16 @@ from core.secrets import KeyHasher
 from core.telemetry import logs
 from core.telemetry.local import LocalMetrics
 from core.telemetry.metrics import Metrics, setup
-from gateway.admission.batcher import Batcher
+from gateway.admission.batcher import Batcher, Unresolved
 from gateway.admission.leases import Leases
 from gateway.admission.limiter import Limiter
+from gateway.admission.settler import Settler
 from gateway.answers.headers import SERVER
 from gateway.auth import Authenticator, KeyCache, KeyExtractor, KeyLoader
+from gateway.outage import entries, open_journal
+from gateway.outage.commit import SpoolUnavailable
+from gateway.outage.decide import Outage
+from gateway.outage.replay import Replay
 from gateway.responder import Receive, Responder, Scope, Send
 from gateway.runtime import Runtime
 from gateway.settings import required
@@ -45,7 +51,7 @@ _STORE_TIMEOUT_S = 1.0
 class Gateway:
     """The ASGI application of one worker. `await open()` first, `await close()` at the end."""
 
-    def __init__(self, path: Path, snapshot: Snapshot) -> None:
+    def __init__(self, path: Path, snapshot: Snapshot, workers: int = 1) -> None:
         settings = snapshot.settings
         self._redis_url, self._postgres_url, pepper = required(snapshot)
         self._hasher = KeyHasher(pepper)
@@ -54,7 +60,8 @@ class Gateway:
         self.config = ConfigWatcher(
             path, snapshot, on_reload=self._reloaded, on_refused=self._refused
         )
-        self.runtime = Runtime(snapshot, {})
+        self._workers = workers
+        self.runtime = Runtime(snapshot, {}, workers)
         self._keyspace = Keyspace()
         self._registry = MeterRegistry(snapshot.meters, snapshot.source)
         self._pinning: asyncio.Task[None] | None = None
@@ -91,6 +98,9 @@ class Gateway:
         self._loader = KeyLoader(self._database, self._postgres_url, self.cache, clock=clock.now_ms)
         self._loader.start()
         admission = settings.gateway.admission
+        self._journal = open_journal(
+            settings.gateway.outage.spool_dir, settings.gateway.outage.spool_max, self._spool_event
+        )
         self._batcher = Batcher(
             self._redis_url,
             load("admit"),
@@ -100,17 +110,50 @@ class Gateway:
             max_in_flight=admission.max_in_flight,
             on_batch=self._on_batch,
             on_error=self.local.redis_errors.inc,
+            on_unresolved=self._unresolved,
         )
         await self._batcher.start()
         self._seeder = Seeder(
-            self._store, self._database, lambda: self.runtime.catalogue, self._registry
+            self._store,
+            self._database,
+            lambda: self.runtime.catalogue,
+            self._registry,
+            on_seed=lambda kind, count: self.metrics.states_seeded.labels(kind).inc(count),
         )
         self._leases = Leases(self._store)
+
+        def run() -> str | None:
+            return self._batcher.connected_run
+
+        settlement = Settlement(self._store, self._seeder, self._keyspace)
+        self._settler = Settler(
+            settlement,
+            run,
+            timeout_s=settings.redis.timeout_ms / 1000,
+            on_settled=lambda kind, count: self.metrics.settlements.labels(kind).inc(count),
+        )
+        self._replay = Replay(
+            self._journal,
+            settlement,
+            self._store,
+            self._keyspace,
+            run,
+            on_replayed=lambda kind, count: self.metrics.replayed.labels(kind).inc(count),
+            on_pending=self.metrics.spool_pending.set,
+        )
+        self._replay.start()
         self._limiter = Limiter(
             self._batcher,
             self._seeder,
             self._leases,
             self._keyspace,
+            self._settler,
+            Outage(
+                self._journal,
+                lambda: self.runtime.snapshot.meters,
+                lambda mode: self.metrics.outage_admitted.labels(mode).inc(),
+                self._replay.wake,
+            ),
             on_event=self.local.limit_events.inc,
         )
         self._respond = self._responder(self.runtime)
@@ -127,7 +170,10 @@ class Gateway:
         with suppress(TimeoutError):
             async with asyncio.timeout(_STORE_TIMEOUT_S * 2):
                 await self._leases.close()
+                await self._settler.close()
         await self._loader.close()
+        await self._replay.close()
+        await self._journal.close()
         await self._seeder.close()
         await self._batcher.close()
         for pool in self.runtime.pools.values():
@@ -145,7 +191,7 @@ class Gateway:
             loader=self._loader,
             clock=clock.now_ms,
         )
-        return Responder(runtime, authenticator, self._limiter, self._leases, self.local)
+        return Responder(runtime, authenticator, self._limiter, self.local)
 
     # ASGI
 
@@ -186,6 +232,23 @@ class Gateway:
     def _on_batch(self, size: int, _seconds: float) -> None:
         self.local.admission_batch.observe(size)
 
+    def _unresolved(self, batch: Unresolved) -> None:
+        """The answer of a batch was lost: what it counted has to be found out, and taken back."""
+        if not any(check.program.durable for check in batch.checks):
+            return
+        try:
+            self._journal.append_written(entries.unresolved(batch, self.runtime.snapshot.meters))
+        except SpoolUnavailable as error:
+            self.metrics.spool_trouble.labels("unresolved_lost").inc()
+            _log.error(
+                "batch_unresolved", sender=batch.sender, number=batch.number, reason=str(error)
+            )
+        else:
+            self._replay.wake()
+
+    def _spool_event(self, event: str, amount: int) -> None:
+        self.metrics.spool_trouble.labels(event).inc(amount)
+
     def _on_query(self, name: str, seconds: float, ok: bool) -> None:
         self.metrics.postgres_seconds.labels(name).observe(seconds)
         if not ok:
@@ -209,7 +272,7 @@ class Gateway:
         # Whatever can fail comes before the first change: what raises here refuses the reload, and
         # the old configuration must then be in force everywhere.
         self._registry.check(new.meters)
-        runtime = Runtime(new, self.runtime.pools)
+        runtime = Runtime(new, self.runtime.pools, self._workers)
         respond = self._responder(runtime)
         retired = [pool for up, pool in self.runtime.pools.items() if up not in runtime.pools]
         removed = plans_removed(old, new)

@@ -16,7 +16,6 @@ from core.errors import StoreUnavailableError
 from core.policy import Status, Upstream
 from core.telemetry import logs
 from core.telemetry.local import LocalMetrics
-from gateway.admission.leases import Leases
 from gateway.admission.limiter import Decision, Limiter
 from gateway.answers import problems
 from gateway.answers.headers import SERVER
@@ -64,13 +63,11 @@ class Responder:
         runtime: Runtime,
         authenticator: Authenticator,
         limiter: Limiter,
-        leases: Leases,
         metrics: LocalMetrics,
     ) -> None:
         self.runtime = runtime
         self._authenticator = authenticator
         self._limiter = limiter
-        self._leases = leases
         self._metrics = metrics
         self._upstream_seconds = {
             upstream.name: metrics.upstream(upstream.name) for upstream in runtime.pools
@@ -124,6 +121,7 @@ class Responder:
                 extra_response_headers=limit_headers,
                 drop_response_headers=self.runtime.drop_response_headers,
                 default_response_header=SERVER,
+                before_start=decision.charge.answered if decision.charge is not None else None,
             )
             outcome = self._relayed(result, route, decision)
         except Refusal as refusal:
@@ -167,8 +165,8 @@ class Responder:
             )
         finally:
             # First of all: a slot that stays taken would refuse others.
-            if decision is not None and decision.held is not None:
-                self._leases.release(decision.held)
+            if decision is not None:
+                self._limiter.release(decision)
             metrics.in_flight -= 1
             metrics.record(route_name, plan_name, outcome)
             if self._access_log:

@@ -10,15 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from core.admission.ledger import Catalogue
-from core.admission.program import CalendarUse, calendar_use, compile_program
+from core.admission.program import CalendarUse, Program, calendar_use, compile_program
+from core.admission.settlement import cap_of
 from core.config import Snapshot
 from core.config.models import KeySettings
-from core.policy import Plan, Route, Upstream
+from core.policy import OutageMode, Plan, Route, Upstream
 from gateway.admission.limiter import Admission
 from gateway.answers.headers import PlanHeaders
 from gateway.answers.verdict import policy_of
 from gateway.auth.extract import Source
 from gateway.forwarded import TrustedProxies
+from gateway.outage.decide import OutageRules
+from gateway.outage.local import compile_local
 from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.request import RequestRules
 from gateway.router import Router
@@ -82,10 +85,16 @@ class RouteRuntime:
 
 
 class Runtime:
-    """Everything compiled from one snapshot. `pools` is by upstream."""
+    """Everything compiled from one snapshot.
 
-    def __init__(self, snapshot: Snapshot, pools: Mapping[Upstream, UpstreamPool]) -> None:
+    `pools` is by upstream, `workers` the number of them on this host.
+    """
+
+    def __init__(
+        self, snapshot: Snapshot, pools: Mapping[Upstream, UpstreamPool], workers: int = 1
+    ) -> None:
         self.snapshot = snapshot
+        self._processes = snapshot.settings.gateway.outage.instances * workers
         self.pools = {
             upstream: pools.get(upstream) or UpstreamPool(upstream)
             for upstream in snapshot.upstreams.values()
@@ -117,6 +126,16 @@ class Runtime:
         )
         self.match_host = self.router.by_host
 
+    def _outage(self, route: Route, plan: Plan, program: Program) -> OutageRules:
+        """What is admitted on a route while Redis is away."""
+        local = None
+        if route.outage is OutageMode.LOCAL:
+            local = compile_local(
+                program.limits, program.costs, self.snapshot.meters, self._processes
+            )
+        caps = {name: cap for name in program.costs if (cap := cap_of(plan, name)) is not None}
+        return OutageRules(route.outage, local, caps)
+
     def _route(
         self, route: Route, calendars: CalendarUse, headers: Mapping[str, PlanHeaders]
     ) -> RouteRuntime:
@@ -126,10 +145,21 @@ class Runtime:
             if route.keyless and name != route.plan:
                 continue
             program = compile_program(
-                plan, route.costs, snapshot.meters, calendars, durable=not route.keyless
+                plan,
+                route.costs,
+                snapshot.meters,
+                calendars,
+                durable=not route.keyless,
+                reserve_ms=snapshot.settings.gateway.reservation_ms if route.reserve else 0,
             )
             policies = tuple(policy_of(limit, snapshot.meters) for limit in program.limits)
-            admission = Admission(program, policies, plan.interval_months)
+            admission = Admission(
+                program,
+                policies,
+                plan.interval_months,
+                self._outage(route, plan, program),
+                route.charged,
+            )
             plans[name] = PlanOnRoute(plan, admission, headers[name])
         pool = self.pools[snapshot.upstreams[route.upstream]]
         return RouteRuntime(route, pool, plans, self.trusted, snapshot.settings.gateway.key)

@@ -61,6 +61,7 @@ class Supervisor:
             *("--ready-fd", str(self._ready_write)),
             *("--config", str(config)),
             *("--listen", str(listen)),
+            *("--workers", str(count)),
         ]
         self._environment = dict(os.environ) | _metrics_directory(snapshot)
         self._slots = [_Slot(number) for number in range(1, count + 1)]

@@ -41,8 +41,8 @@ _GC_THRESHOLD = (20_000, 20, 100)
 _WRITE_BUFFER = 128 * 1024
 
 
-def run(config: Path, listen: Address | None, ready_fd: int = -1) -> int:
-    """Runs one worker until SIGTERM or SIGINT; the exit status.
+def run(config: Path, listen: Address | None, ready_fd: int = -1, workers: int = 1) -> int:
+    """Runs one of so many workers until SIGTERM or SIGINT; the exit status.
 
     One byte is written to `ready_fd` (unless negative) once it listens.
     """
@@ -51,7 +51,8 @@ def run(config: Path, listen: Address | None, ready_fd: int = -1) -> int:
         settings = snapshot.settings
         logs.configure(settings.log.level, settings.log.format, "gateway")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(config, snapshot, listen or settings.gateway.listen, ready_fd))
+            listen = listen or settings.gateway.listen
+            runner.run(_serve(config, snapshot, listen, ready_fd, workers))
     except (TallygateError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -60,8 +61,10 @@ def run(config: Path, listen: Address | None, ready_fd: int = -1) -> int:
     return 0
 
 
-async def _serve(path: Path, snapshot: Snapshot, listen: Address, ready_fd: int) -> None:
-    gateway = Gateway(path, snapshot)
+async def _serve(
+    path: Path, snapshot: Snapshot, listen: Address, ready_fd: int, workers: int
+) -> None:
+    gateway = Gateway(path, snapshot, workers)
     await gateway.open()
     # What exists now lives as long as the process: leave it out of every collection to come. And
     # collect rarely: requests leave no cycles behind, so the default only walks live objects.

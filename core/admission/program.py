@@ -242,7 +242,8 @@ def compile_program(
 
     `calendars` comes from `calendar_use` over all plans in force. `durable=False` is for keyless
     subjects: no ledger, no meters, forgotten when idle; their billing quotas follow the calendar
-    month or year. With `reserve_ms` an admitted check is a reservation, to be settled within that time. `event` is for usage that is reported, not proxied: quotas alone apply to it.
+    month or year. With `reserve_ms` an admitted check is a reservation, to be settled within that
+    time. `event` is for usage that is reported, not proxied: quotas alone apply to it.
 
     Raises:
         KeyError: a cost names a meter that is not in `meters`.

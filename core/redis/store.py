@@ -154,6 +154,12 @@ class Store:
             seconds, micros = await self._client.time()
         return int(seconds) * 1000 + int(micros) // 1000
 
+    async def text(self, key: str) -> str | None:
+        """The string at `key`, None when there is none."""
+        with self._translated():
+            found: bytes | None = await self._client.get(key)
+        return None if found is None else found.decode()
+
     async def run_id(self) -> str:
         """Identifies the server process; empty where the user may not ask."""
         with self._translated():

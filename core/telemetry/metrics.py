@@ -91,6 +91,36 @@ class Metrics:
             "Things limits reported: refused, shadow_refused, warned, overage, threshold.",
             "kind",
         )
+        self.states_seeded = _counter(
+            "states_seeded_total",
+            "Subjects given their state from the ledger: cold (no state), warm (compared after a "
+            "restart of Redis, or completed), rebuilt (Redis came back older than the ledger).",
+            "kind",
+        )
+        self.settlements = _counter(
+            "settlements_total",
+            "Reservations settled: confirm, refund, renew; lost when Redis did not answer.",
+            "kind",
+        )
+        self.outage_admitted = _counter(
+            "outage_admitted_total",
+            "Requests admitted without a decision, by outage mode: open, local.",
+            "mode",
+        )
+        self.replayed = _counter(
+            "replayed_total",
+            "Entries of the spool counted in Redis: admitted (added), refunded (of lost answers).",
+            "kind",
+        )
+        self.spool_pending = _gauge(
+            "spool_pending_records", "Entries that wait for Redis to count them.", "livesum"
+        )
+        self.spool_trouble = _counter(
+            "spool_trouble_total",
+            "What went wrong with the spool: unavailable, tail_cut (bytes), lost (records), "
+            "damaged (files), unresolved_lost (batches that may have counted what was not served).",
+            "kind",
+        )
         self.key_cache_hits = _counter(
             "key_cache_hits_total", "Keys found in a worker's cache: valid or invalid.", "kind"
         )

@@ -166,6 +166,11 @@ class Batcher:
     def connected(self) -> bool:
         return self._connection is not None and not self._connection.closed
 
+    @property
+    def connected_run(self) -> str | None:
+        """The run of the server connected to; None while there is none."""
+        return self.run if self.connected else None
+
     async def _connect(self) -> None:
         connection = await Connection.open(self._url, _CONNECT_TIMEOUT_S)
         try:

@@ -15,17 +15,25 @@ from core.admission.program import OVERAGE, REFUSED, WARNED, Program, Verdict
 from core.admission.seeder import Seeder
 from core.errors import StoreUnavailableError
 from core.keyspace import Keyspace
-from core.period import billing_period
+from core.period import Span, billing_period
+from core.policy import OutageMode
 from core.telemetry import logs
 from gateway.admission.batcher import Batcher
+from gateway.admission.charge import Charge
 from gateway.admission.leases import Held, Leases
+from gateway.admission.settler import Settler
 from gateway.answers.verdict import LimitState, Policy
+from gateway.outage.decide import Outage, OutageRules
+from gateway.outage.local import Slots
 
 _log = logs.get_logger()
 
 # A subject can be cold, conflict with a concurrent change, and meet a period's end; more than that
 # in one request means that something is wrong, and then it is better to say so than to spin.
 _MAX_TRIES = 6
+
+
+_CLOSED = OutageRules(OutageMode.CLOSED, None, {})
 
 
 class Metered(Protocol):
@@ -40,20 +48,26 @@ class Metered(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A program with what its answers are read with. `interval_months` is the plan's."""
+    """A program with what its answers are read with. `interval_months` is the plan's; `charged` are
+    the statuses a reservation is charged for, None all of them."""
 
     program: Program
     policies: tuple[Policy, ...]
     interval_months: int
+    outage: OutageRules = _CLOSED
+    charged: frozenset[int] | None = None
 
 
 class Decision(NamedTuple):
-    """`states`: one for each limit asked; `held` is to be released when the request ends."""
+    """`states`: one for each limit asked; `held` and `slots` are to be released when the request
+    ends. `charge` is there where the answer decides what is paid."""
 
     admitted: bool
     overage: bool
     states: list[LimitState]
     held: Held | None
+    charge: Charge | None = None
+    slots: Slots | None = None
 
 
 class Limiter:
@@ -65,6 +79,8 @@ class Limiter:
         seeder: Seeder,
         leases: Leases,
         keyspace: Keyspace,
+        settler: Settler,
+        outage: Outage,
         *,
         on_event: Callable[[str], None] | None = None,
     ) -> None:
@@ -72,14 +88,28 @@ class Limiter:
         self._seeder = seeder
         self._leases = leases
         self._keyspace = keyspace
+        self._settler = settler
+        self._outage = outage
         self._on_event = on_event
 
     async def admit(self, admission: Admission, subscription: Metered, request_id: str) -> Decision:
-        """Asks for one request of a subscription.
+        """Decides one request of a subscription; without Redis as the route's outage mode says.
 
         Raises:
             StoreUnavailableError: no decision could be had; nothing may be served.
         """
+        try:
+            return await self._ask_redis(admission, subscription, request_id)
+        except StoreUnavailableError as error:
+            if admission.outage.mode is OutageMode.CLOSED:
+                raise
+            now_ms = self._batcher.redis_now_ms()
+            span = billing_period(subscription.anchor_ms, admission.interval_months, now_ms)
+            return await self._without_redis(admission, subscription.id, span, now_ms, error)
+
+    async def _ask_redis(
+        self, admission: Admission, subscription: Metered, request_id: str
+    ) -> Decision:
         batcher = self._batcher
         program = admission.program
         keys = self._keys(subscription.id, program)
@@ -102,7 +132,7 @@ class Limiter:
             )
             status = numbers[1]
             if status <= Verdict.REJECT:
-                return self._decision(admission, numbers, keys, request_id)
+                return self._decision(admission, numbers, keys, request_id, subscription.id)
             if status in (Verdict.COLD, Verdict.UNVERIFIED):
                 await self._seeder.seed(
                     subscription.id, keys[0], program.plan_limits, numbers[0], batcher.run
@@ -116,19 +146,61 @@ class Limiter:
     async def admit_anonymous(
         self, admission: Admission, subject: str, request_id: str
     ) -> Decision:
-        """Asks for one request of a keyless route; `subject` names plan and client address.
+        """Decides one request of a keyless route; `subject` names plan and client address.
 
         Raises:
             StoreUnavailableError: no decision could be had; nothing may be served.
         """
+        try:
+            return await self._ask_redis_anonymous(admission, subject, request_id)
+        except StoreUnavailableError as error:
+            if admission.outage.mode is OutageMode.CLOSED:
+                raise
+            now_ms = self._batcher.redis_now_ms()
+            return await self._without_redis(admission, subject, (0, 0), now_ms, error)
+
+    async def _ask_redis_anonymous(
+        self, admission: Admission, subject: str, request_id: str
+    ) -> Decision:
         keys = self._keys(subject, admission.program)
         for _ in range(_MAX_TRIES):
             numbers = await self._ask(admission.program, keys, 0, 0, request_id, subject)
             if numbers[1] <= Verdict.REJECT:
-                return self._decision(admission, numbers, keys, request_id)
+                return self._decision(admission, numbers, keys, request_id, subject)
             if numbers[1] != Verdict.STALE:
                 raise _undecided(numbers[1], subject)
         raise StoreUnavailableError("the calendar kept changing; no decision was reached")
+
+    async def _without_redis(
+        self,
+        admission: Admission,
+        subject: str,
+        span: Span,
+        now_ms: int,
+        reason: StoreUnavailableError,
+    ) -> Decision:
+        program = admission.program
+        outage = self._outage
+        try:
+            found = await outage.decide(admission.outage, program, subject, span, now_ms)
+        except StoreUnavailableError as error:
+            raise error from reason
+        charge = None
+        if found.entry:
+            charge = Charge(self._settler, outage, admission.charged, None, found.entry)
+        if not found.numbers:
+            return Decision(True, False, [], None, charge)
+        states, _ = self._states(admission, found.numbers)
+        return Decision(found.admitted, False, states, None, charge, found.slots)
+
+    def release(self, decision: Decision) -> None:
+        """The request has ended, however it did: gives back what it held. Never waits or fails."""
+        if decision.held is not None:
+            self._leases.release(decision.held)
+        if decision.slots is not None:
+            self._outage.release(decision.slots)
+        if decision.charge is not None:
+            decision.charge.give_back()
 
     async def _ask(
         self,
@@ -167,8 +239,24 @@ class Limiter:
         numbers: Sequence[int],
         keys: tuple[str, ...],
         request_id: str,
+        subject: str,
     ) -> Decision:
-        admitted = numbers[1] == Verdict.ADMIT
+        states, any_overage = self._states(admission, numbers)
+        if numbers[1] != Verdict.ADMIT:
+            return Decision(False, any_overage, states, None)
+        program = admission.program
+        held = charge = None
+        if program.lease_limits:
+            held = self._leases.hold(request_id, keys[1:], program.lease_ms)
+        if program.reserve_ms:
+            reservation = self._settler.hold(request_id, subject, program.reserve_ms)
+            charge = Charge(self._settler, self._outage, admission.charged, reservation, b"")
+        return Decision(True, any_overage, states, held, charge)
+
+    def _states(
+        self, admission: Admission, numbers: Sequence[int]
+    ) -> tuple[list[LimitState], bool]:
+        """One state for each limit asked, and whether any was overage."""
         states: list[LimitState] = []
         at = 2
         any_overage = False
@@ -196,10 +284,7 @@ class Limiter:
                 )
                 self._report(flags, enforce)
             at += 3
-        held = None
-        if admitted and admission.program.lease_limits:
-            held = self._leases.hold(request_id, keys[1:], admission.program.lease_ms)
-        return Decision(admitted, any_overage, states, held)
+        return states, any_overage
 
     def _report(self, flags: int, enforce: bool) -> None:
         if self._on_event is None:

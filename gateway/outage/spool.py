@@ -76,6 +76,8 @@ class _Failure:
 class Spool:
     """The spool of one process; to be used on one event loop."""
 
+    durable = True
+
     def __init__(
         self,
         directory: str | Path,

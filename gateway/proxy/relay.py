@@ -87,6 +87,7 @@ async def relay(
     drop_response_headers: frozenset[bytes] = frozenset(),
     default_response_header: Header | None = None,
     response_timeout_s: float | None = None,
+    before_start: Callable[[int], Awaitable[None]] | None = None,
 ) -> RelayResult:
     """Relay one admitted request.
 
@@ -99,6 +100,8 @@ async def relay(
         response_timeout_s: how long the upstream may be silent, from the end of the request to the
             head of its answer and between pieces of body; the pool's when omitted. Coarse: noticed
             up to 0.15 s late.
+        before_start: awaited with the status once the head of the answer is there, before any of
+            it is passed on. What it raises ends the relay: the answer is not passed on.
 
     Returns:
         A result once the response has started. The application must then return without sending
@@ -115,6 +118,8 @@ async def relay(
     try:
         conn = await run.request()
         status = conn.status
+        if before_start is not None:
+            await before_start(status)
         headers = conn.headers
         if drop_response_headers:
             headers = [pair for pair in headers if pair[0] not in drop_response_headers]

@@ -1,0 +1,154 @@
+"""Settles the reservations of this worker's requests, on routes that charge for an answer.
+
+A reservation was counted when its request was admitted. It is confirmed before the first byte of
+the answer leaves for the client, so what was served is charged, and refunded when there is nothing
+to charge for. What is neither, because this worker was killed, expires and is taken back. Those of
+long requests are renewed here, on one timer for all of them.
+
+Settlements that are asked for while a call is under way form the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from core import clock
+from core.admission.settlement import Kind, Operation, Settlement
+from core.errors import StoreUnavailableError
+from core.telemetry import logs
+
+_log = logs.get_logger()
+
+# How often reservations are looked at for renewal.
+_SWEEP_S = 0.25
+_BATCH = 256
+_RENEWALS = 3  # a reservation is renewed when this part of it has passed
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """What one admitted request has reserved."""
+
+    id: str
+    subject: str
+    ms: int
+    renew_at: float
+
+
+class Settler:
+    """All reservations of this process. `run()` is the run of the Redis connected to, or None.
+
+    A confirmation is waited for `timeout_s` at most: a stalled Redis must not stall answers.
+    """
+
+    def __init__(
+        self,
+        settlement: Settlement,
+        run: Callable[[], str | None],
+        timeout_s: float = 0.05,
+        on_settled: Callable[[str, int], None] | None = None,
+    ) -> None:
+        self._settlement = settlement
+        self._run = run
+        self._timeout_s = timeout_s
+        self._on_settled = on_settled
+        self._held: set[Reservation] = set()
+        self._pending: list[tuple[Operation, asyncio.Future[None] | None]] = []
+        self._sending: asyncio.Task[None] | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def hold(self, name: str, subject: str, ms: int) -> Reservation:
+        """Registers what an admission reserved, to be renewed until it is settled."""
+        held = Reservation(name, subject, ms, clock.monotonic() + ms / 1000 / _RENEWALS)
+        self._held.add(held)
+        if self._sweeper is None or self._sweeper.done():
+            self._sweeper = asyncio.create_task(self._sweep())
+        return held
+
+    async def confirm(self, held: Reservation) -> None:
+        """The answer is charged: durable when this returns.
+
+        Raises:
+            StoreUnavailableError: Redis did not answer; whether it is charged is not known.
+        """
+        self._held.discard(held)
+        if self._run() is None:
+            raise StoreUnavailableError("Redis is not connected")
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue(Operation(Kind.CONFIRM, held.subject, held.id), future)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await future
+        except TimeoutError:
+            raise StoreUnavailableError("Redis took longer than the time-out") from None
+
+    def refund(self, held: Reservation) -> None:
+        """There was nothing to charge for. Never waits, never fails: what is lost expires."""
+        self._held.discard(held)
+        self._queue(Operation(Kind.REFUND, held.subject, held.id), None)
+
+    def forget(self, held: Reservation) -> None:
+        """Somebody else settles it."""
+        self._held.discard(held)
+
+    async def close(self) -> None:
+        """Sends what waits; what is still held expires."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._sweeper
+        if self._sending is not None:
+            await self._sending
+
+    def _queue(self, operation: Operation, future: asyncio.Future[None] | None) -> None:
+        self._pending.append((operation, future))
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send())
+
+    async def _send(self) -> None:
+        while self._pending:
+            batch, self._pending = self._pending[:_BATCH], self._pending[_BATCH:]
+            error: BaseException | None = None
+            run = self._run()
+            try:
+                if run is None:
+                    raise StoreUnavailableError("Redis is not connected")
+                await self._settlement.settle([operation for operation, _ in batch], run)
+            except StoreUnavailableError as failure:
+                error = failure
+            except Exception as failure:
+                _log.exception("settlement_failed")
+                error = StoreUnavailableError(f"the settlement failed: {failure!r}")
+            except BaseException:
+                self._tell(batch, StoreUnavailableError("shutting down"))
+                raise
+            self._tell(batch, error)
+
+    def _tell(
+        self,
+        batch: list[tuple[Operation, asyncio.Future[None] | None]],
+        error: BaseException | None,
+    ) -> None:
+        if self._on_settled is not None:
+            for kind in {operation.kind for operation, _ in batch}:
+                count = sum(operation.kind is kind for operation, _ in batch)
+                self._on_settled("lost" if error else kind.name.lower(), count)
+        for _, future in batch:
+            if future is None or future.done():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+    async def _sweep(self) -> None:
+        while self._held:
+            await asyncio.sleep(_SWEEP_S)
+            now = clock.monotonic()
+            for held in self._held:
+                if held.renew_at <= now:
+                    held.renew_at = now + held.ms / 1000 / _RENEWALS
+                    self._queue(Operation(Kind.RENEW, held.subject, held.id, ms=held.ms), None)
