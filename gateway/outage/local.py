@@ -10,7 +10,8 @@ What an outage can cost beyond what a limit allows, per limit and subject:
   local   at most one more limit, `share * floor(limit / share)`, over all processes together:
             fixed window   in each window, as Redis may have given out a whole one before
             sliding window the same, by the window's own estimate
-            rate           one burst an outage; during it `rate` is shared as well
+            rate           two bursts an outage: that of its begin, and that of Redis, where the
+                           burst is whole again at its end; `rate` itself is shared
             quota (block)  in each period, over all its outages: a process keeps its count for the
                            whole period, and never forgets it for another subject
             concurrency    requests in flight at once, for those that Redis had admitted before
@@ -22,7 +23,7 @@ in a period (or window) add at most `n * floor(limit / share)`.
 Quotas with action warn or overage never refuse, and are counted when the spool is replayed; so they
 are reported here without overage. Shadow limits (`enforce: false`) never refuse either, and do not
 consume what they would have refused. As in `lua/admit.lua`, it is all or nothing over all limits,
-names identify counters, and a clock that goes back does not give anything out again.
+names identify counters, and a clock that goes back opens no window and no period again.
 
 Memory is bounded by a number of subjects. A subject is only forgotten when that changes nothing:
 its windows and periods have ended, its bursts are whole, nothing is in flight. If the table is full
@@ -182,6 +183,7 @@ class LocalLimiter:
 
         Raises:
             LocalFull: the table has no room for this subject.
+            ValueError: the plan has a billing quota, and the period does not hold `now_ms`.
         """
         counters = self._subjects.get(subject)
         new = counters is None
@@ -196,14 +198,13 @@ class LocalLimiter:
             for answer in answers:
                 numbers += (REFUSED if answer.full else 0, answer.left, answer.wait)
             return LocalDecision(False, numbers, None)
-        if new and program.rows and not self._enter(subject, counters, now_ms):
-            if program.refuses:
-                self.turned_away += 1
-                raise LocalFull(
-                    f"{len(self._subjects)} subjects are being limited by this process alone; "
-                    "a further one has to wait until Redis is back"
-                )
-            counters = {}  # nothing can refuse it, so nothing has to be remembered
+        lost = new and bool(program.rows) and not self._enter(subject, counters, now_ms)
+        if lost and program.refuses:  # what nothing can refuse needs no memory
+            self.turned_away += 1
+            raise LocalFull(
+                f"{len(self._subjects)} subjects are being limited by this process alone; "
+                "a further one has to wait until Redis is back"
+            )
         held: list[tuple[str, ...]] = []
         for row, answer in zip(program.rows, answers, strict=True):
             if answer.full and row.blocks and not isinstance(row.limit, Quota):
@@ -211,7 +212,7 @@ class LocalLimiter:
                 continue
             counters[row.key] = answer.after
             numbers += (REFUSED if answer.full else 0, answer.left_after, answer.reset)
-            if isinstance(row.limit, Concurrency):
+            if isinstance(row.limit, Concurrency) and not lost:
                 held.append(row.key)
         if not new:
             self._subjects.move_to_end(subject)
@@ -345,6 +346,8 @@ def _quota(limit: Quota, row: _Row, state: _State | None, period: Span, now_ms: 
     # As a meter's record in Redis: it goes on until its own end, also under another anchor.
     if state is not None and state[0] >= start and state[3] > now_ms:
         start, total, _, end = state
+    elif not start <= now_ms < end:
+        raise ValueError(f"the billing period [{start}, {end}) does not hold {now_ms}")
     after = total + row.cost
     if row.aggregation is Aggregation.MAX:
         after = max(total, row.cost)

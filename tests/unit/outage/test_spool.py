@@ -1,0 +1,381 @@
+"""A worker's spool in one process: group commit, its bound, disk trouble, the replay."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from gateway.outage.commit import SpoolUnavailable
+from gateway.outage.segment import DATA_START, MAX_PAYLOAD, OVERHEAD
+from gateway.outage.spool import Batch, Spool, SpoolFull
+from tests.support.wait import wait_until_async
+
+NOW = 1_790_000_000_000
+BIG = 1 << 20
+
+
+class Disk:
+    """An fsync that counts, and fails or hangs when told to; and the time of its spool."""
+
+    def __init__(self) -> None:
+        self.syncs = 0
+        self.error: int | None = None
+        self.go = threading.Event()
+        self.go.set()
+        self.seconds = 0.0
+
+    def fsync(self, fd: int) -> None:
+        self.go.wait(30)
+        self.syncs += 1
+        if self.error is not None:
+            raise OSError(self.error, os.strerror(self.error))
+        os.fdatasync(fd)
+
+    def spool(self, directory: Path, max_bytes: int = BIG, **more: object) -> Spool:
+        return Spool(
+            directory,
+            max_bytes,
+            now_ms=lambda: NOW + int(self.seconds * 1000),
+            monotonic=lambda: self.seconds,
+            fsync=self.fsync,
+            **more,  # type: ignore[arg-type]
+        )
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    async def inner() -> None:
+        await main()
+
+    asyncio.run(inner())
+
+
+async def drain(spool: Spool, count: int = 7) -> list[tuple[str, int, bytes]]:
+    found: list[tuple[str, int, bytes]] = []
+    while (batch := await spool.next_batch(count)) is not None:
+        found += [(batch.spool_id, *record) for record in batch.records]
+        await spool.done(batch)
+    return found
+
+
+def test_concurrent_appends_share_an_fsync(tmp_path: Path) -> None:
+    disk = Disk()
+
+    async def main() -> None:
+        spool = disk.spool(tmp_path)
+        sequences = await asyncio.gather(*(spool.append(b"%d" % at) for at in range(500)))
+        assert sequences == list(range(1, 501))
+        assert disk.syncs <= 3
+        await asyncio.gather(*(spool.append(b"alone") for _ in range(1)))
+        assert (spool.state, spool.pending_records, spool.oldest_ms) == ("active", 501, NOW)
+        found = await drain(spool)
+        assert [payload for _, _, payload in found[:500]] == [b"%d" % at for at in range(500)]
+        assert (spool.state, spool.pending_records, spool.pending_bytes) == ("idle", 0, 0)
+        assert (spool.used_bytes, spool.oldest_ms) == (0, 0)
+        assert list(tmp_path.iterdir()) == []
+        await spool.close()
+
+    run(main)
+
+
+def test_nothing_is_on_disk_before_the_first_append(tmp_path: Path) -> None:
+    async def main() -> None:
+        spool = Disk().spool(tmp_path / "spool")
+        assert await spool.next_batch() is None
+        assert await spool.adopt() == 0
+        assert not (tmp_path / "spool").exists()
+        await spool.append(b"x")
+        assert len(list((tmp_path / "spool").iterdir())) == 1
+        await spool.close()
+
+    run(main)
+
+
+def test_an_append_waits_for_its_fsync_and_the_loop_goes_on(tmp_path: Path) -> None:
+    disk = Disk()
+
+    async def main() -> None:
+        spool = disk.spool(tmp_path)
+        disk.go.clear()
+        append = asyncio.create_task(spool.append(b"slow"))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert not append.done()
+        assert spool.append_written(b"at once") == 2
+        disk.go.set()
+        assert await append == 1
+        await wait_until_async(lambda: disk.syncs >= 2, what="the fsync in the background")
+        await spool.close()
+
+    run(main)
+
+
+def test_a_full_spool_refuses_before_it_writes(tmp_path: Path) -> None:
+    disk = Disk()
+
+    async def main() -> None:
+        room = DATA_START + 3 * (OVERHEAD + 100)
+        spool = disk.spool(tmp_path, room)
+        for _ in range(3):
+            await spool.append(b"x" * 100)
+        (path,) = tmp_path.iterdir()
+        for _ in range(5):
+            with pytest.raises(SpoolFull, match="spool_max"):
+                await spool.append(b"y")
+        assert spool.state == "full"
+        assert path.stat().st_size == spool.used_bytes == room
+        assert len(await drain(spool)) == 3
+        assert spool.state == "idle"
+        await spool.append(b"room again")
+        await spool.close()
+
+    run(main)
+
+
+def test_files_are_bounded_together_and_space_comes_back_in_parts(tmp_path: Path) -> None:
+    disk = Disk()
+
+    async def main() -> None:
+        spool = disk.spool(tmp_path)
+        written = 0
+        with pytest.raises(SpoolFull):
+            while True:
+                spool.append_written(b"z" * 10_000)
+                written += 1
+        assert spool.used_bytes <= BIG
+        assert written > BIG * 0.8 / 10_000
+        files = len(list(tmp_path.iterdir()))
+        assert files > 4
+        while len(list(tmp_path.iterdir())) == files:
+            batch = await spool.next_batch(3)
+            assert batch is not None
+            await spool.done(batch)
+        await spool.append(b"z" * 10_000)
+        assert spool.pending_records < written
+        rest = await drain(spool)
+        assert rest[-1][2] == b"z" * 10_000
+        assert spool.used_bytes == 0
+        await spool.close()
+
+    run(main)
+
+
+def test_a_record_that_is_too_long_is_an_error_of_the_caller(tmp_path: Path) -> None:
+    async def main() -> None:
+        spool = Disk().spool(tmp_path, 4 * BIG)
+        with pytest.raises(ValueError, match="at most"):
+            await spool.append(b"x" * (MAX_PAYLOAD + 1))
+        await spool.append(b"x" * MAX_PAYLOAD)
+        assert len(await drain(spool)) == 1
+        await spool.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize(("error", "state"), [(errno.EIO, "broken"), (errno.ENOSPC, "full")])
+def test_a_failed_fsync_refuses_and_withdraws_and_recovers(
+    tmp_path: Path, error: int, state: str
+) -> None:
+    disk, events = Disk(), []
+
+    async def main() -> None:
+        spool = disk.spool(tmp_path, report=lambda event, amount: events.append((event, amount)))
+        await spool.append(b"before")
+        disk.error = error
+        refused = await asyncio.gather(
+            *(spool.append(b"refused") for _ in range(20)), return_exceptions=True
+        )
+        assert {type(answer) for answer in refused} == {SpoolUnavailable}
+        assert spool.state == state
+        await wait_until_async(lambda: spool.pending_records == 1, what="the withdrawals")
+
+        syncs = disk.syncs
+        for _ in range(100):
+            with pytest.raises(SpoolUnavailable):
+                await spool.append(b"storm")
+        assert disk.syncs == syncs
+
+        disk.seconds += 1
+        probes = await asyncio.gather(
+            *(spool.append(b"probe") for _ in range(20)), return_exceptions=True
+        )
+        assert {type(answer) for answer in probes} == {SpoolUnavailable}
+        await wait_until_async(lambda: spool.pending_records == 1, what="the withdrawals")
+        assert disk.syncs <= syncs + 2  # the probe, and its withdrawal
+
+        disk.error = None
+        disk.seconds += 1
+        assert await spool.append(b"after") == 1
+        assert spool.state == "active"
+        assert [payload for _, _, payload in await drain(spool)] == [b"before", b"after"]
+        assert events == [("unavailable", 1)]
+        await spool.close()
+
+    run(main)
+
+
+def test_what_was_only_written_stays_when_an_fsync_fails(tmp_path: Path) -> None:
+    disk = Disk()
+
+    async def main() -> None:
+        spool = disk.spool(tmp_path)
+        disk.error = errno.EIO
+        spool.append_written(b"served already")
+        with pytest.raises(SpoolUnavailable):
+            await spool.append(b"refused")
+        disk.error = None
+        assert [payload for _, _, payload in await drain(spool)] == [b"served already"]
+        await spool.close()
+
+    run(main)
+
+
+def test_a_disk_that_hangs_refuses_in_time_and_recovers(tmp_path: Path) -> None:
+    disk = Disk()
+
+    async def main() -> None:
+        spool = disk.spool(tmp_path, timeout_s=0.05)
+        disk.go.clear()
+        with pytest.raises(SpoolUnavailable, match="no fsync within"):
+            await spool.append(b"refused")
+        disk.seconds += 100
+        for _ in range(100):
+            with pytest.raises(SpoolUnavailable):
+                await spool.append(b"not even tried")
+        assert spool.state == "broken"
+        disk.go.set()
+        await wait_until_async(lambda: spool.state == "idle", what="the recovery")
+        await spool.append(b"after")
+        assert [payload for _, _, payload in await drain(spool)] == [b"after"]
+        await spool.close()
+
+    run(main)
+
+
+def test_a_cancelled_append_is_withdrawn(tmp_path: Path) -> None:
+    disk = Disk()
+
+    async def main() -> None:
+        spool = disk.spool(tmp_path)
+        disk.go.clear()
+        gone = asyncio.create_task(spool.append(b"gone"))
+        kept = asyncio.create_task(spool.append(b"kept"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        disk.go.set()
+        assert await kept == 2
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        assert [payload for _, _, payload in await drain(spool)] == [b"kept"]
+        await spool.close()
+
+    run(main)
+
+
+def test_a_batch_comes_again_until_it_is_done(tmp_path: Path) -> None:
+    async def main() -> None:
+        spool = Disk().spool(tmp_path)
+        for at in range(10):
+            await spool.append(b"%d" % at)
+        first = await spool.next_batch(4)
+        assert first == await spool.next_batch(4)
+        assert first == Batch(first.spool_id, [(at + 1, b"%d" % at) for at in range(4)])
+        await spool.done(first, upto=2)
+        again = await spool.next_batch(4)
+        assert again is not None
+        assert (again.spool_id, again.records[0]) == (first.spool_id, (3, b"2"))
+        await spool.close()
+        # what others do not find done, they get with the same names
+        other = Disk().spool(tmp_path)
+        assert await other.adopt() == 1
+        assert other.pending_records == 8
+        assert await other.next_batch(4) == again
+        assert len(await drain(other)) == 8
+        await other.close()
+
+    run(main)
+
+
+def test_appends_go_on_in_a_new_file_while_one_is_replayed(tmp_path: Path) -> None:
+    async def main() -> None:
+        spool = Disk().spool(tmp_path)
+        await spool.append(b"old")
+        old = await spool.next_batch()
+        assert old is not None
+        assert await spool.append(b"new") == 1
+        await spool.done(old)
+        new = await spool.next_batch()
+        assert new is not None
+        assert new.spool_id != old.spool_id
+        assert new.records == [(1, b"new")]
+        await spool.done(old)  # a second time changes nothing
+        assert await spool.next_batch() == new
+        await spool.close()
+        with pytest.raises(SpoolUnavailable, match="closed"):
+            await spool.append(b"late")
+
+    run(main)
+
+
+def test_adoption_keeps_to_the_bound_and_goes_on_after_the_replay(tmp_path: Path) -> None:
+    async def main() -> None:
+        for _ in range(4):
+            left = Disk().spool(tmp_path)
+            await left.append(b"x" * 100_000)
+            await left.close()
+        spool = Disk().spool(tmp_path, 250_000)
+        assert await spool.adopt() == 2
+        assert spool.used_bytes <= 250_000
+        with pytest.raises(SpoolFull):
+            await spool.append(b"x" * 30_000)
+        assert len(await drain(spool)) == 2
+        small = Disk().spool(tmp_path, 50_000)  # lowered since: one at a time all the same
+        assert await small.adopt() == 1
+        assert await spool.adopt() == 1
+        assert len(await drain(spool)) == len(await drain(small)) == 1
+        assert list(tmp_path.iterdir()) == []
+        await spool.close()
+        await small.close()
+
+    run(main)
+
+
+def test_files_are_replayed_in_their_order_when_the_clock_goes_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        disk = Disk()
+        spool = disk.spool(tmp_path)
+        for at in range(90):
+            disk.seconds -= 10
+            spool.append_written(b"%02d" % at + b"x" * 5_000)
+        assert len(list(tmp_path.iterdir())) > 2
+        found = await drain(spool)
+        assert [payload[:2] for _, _, payload in found] == [b"%02d" % at for at in range(90)]
+        await spool.close()
+
+    run(main)
+
+
+def test_damage_found_in_a_replay_does_not_stop_it(tmp_path: Path) -> None:
+    events: list[tuple[str, int]] = []
+
+    async def main() -> None:
+        spool = Disk().spool(tmp_path, report=lambda event, amount: events.append((event, amount)))
+        for at in range(6):
+            await spool.append(b"%d" % at * 50)
+        (path,) = tmp_path.iterdir()
+        for record in (2, 5):  # the third and the last
+            with path.open("r+b") as file:
+                file.seek(DATA_START + record * (OVERHEAD + 50) + OVERHEAD + 9)
+                file.write(b"?")
+        assert [sequence for _, sequence, _ in await drain(spool, 2)] == [1, 2, 4, 5]
+        assert spool.state == "idle"
+        assert [entry.suffix for entry in tmp_path.iterdir()] == [".damaged"]
+        await spool.close()
+
+    run(main)
+    assert [row for row in events if row[0] == "lost"] == [("lost", 1), ("lost", 1)]
