@@ -11,16 +11,23 @@ from core import clock
 from core.admission.ledger import Catalogue
 from core.admission.program import CalendarUse, calendar_use, compile_program
 from core.admission.seeder import Seeder
+from core.admission.settlement import Settlement, cap_of
 from core.db import Database, connect_pool
 from core.keyspace import Keyspace
 from core.meters import MeterRegistry
-from core.policy import Aggregation, Meter, Plan
+from core.policy import Aggregation, Meter, OutageMode, Plan
 from core.redis.scripts import load
 from core.redis.store import Store
 from gateway.admission.batcher import Batcher
 from gateway.admission.leases import Leases
 from gateway.admission.limiter import Admission, Decision, Limiter
+from gateway.admission.settler import Settler
 from gateway.answers.verdict import policy_of
+from gateway.outage import entries
+from gateway.outage.decide import Outage, OutageRules
+from gateway.outage.local import compile_local
+from gateway.outage.memory import MemoryJournal
+from gateway.outage.replay import Journal, Replay
 
 METERS: Mapping[str, Meter] = {
     "requests": Meter("requests"),
@@ -51,15 +58,36 @@ class Stack:
     limiter: Limiter
     calendars: CalendarUse
     keyspace: Keyspace
+    settlement: Settlement
+    settler: Settler
+    journal: Journal
+    replay: Replay
 
     def admission(
-        self, plan: Plan, costs: Mapping[str, int] | None = None, *, durable: bool = True
+        self,
+        plan: Plan,
+        costs: Mapping[str, int] | None = None,
+        *,
+        durable: bool = True,
+        reserve_ms: int = 0,
+        outage: OutageMode = OutageMode.CLOSED,
+        share: int = 1,
     ) -> Admission:
         program = compile_program(
-            plan, costs or {"requests": 1}, METERS, self.calendars, durable=durable
+            plan,
+            costs or {"requests": 1},
+            METERS,
+            self.calendars,
+            durable=durable,
+            reserve_ms=reserve_ms,
         )
+        local = None
+        if outage is OutageMode.LOCAL:
+            local = compile_local(program.limits, program.costs, METERS, share)
+        caps = {name: cap for name in program.costs if (cap := cap_of(plan, name)) is not None}
+        rules = OutageRules(outage, local, caps)
         policies = tuple(policy_of(limit, METERS) for limit in program.limits)
-        return Admission(program, policies, plan.interval_months)
+        return Admission(program, policies, plan.interval_months, rules)
 
     async def hit(self, admission: Admission, subject: str, times: int) -> list[Decision]:
         """So many requests of one subscription at once."""
@@ -81,6 +109,7 @@ async def stack(
     max_batch: int = 128,
     max_in_flight: int = 1,
     now_ms: clock.Clock = clock.now_ms,
+    journal: Journal | None = None,
 ) -> AsyncIterator[Stack]:
     """Calendar counters are those of `plans`; the time-out is long, as the machine may be busy."""
     keyspace = Keyspace()
@@ -94,17 +123,37 @@ async def stack(
         max_batch=max_batch,
         max_in_flight=max_in_flight,
         now_ms=now_ms,
+        on_unresolved=lambda batch: journal.append_written(entries.unresolved(batch, METERS)),
     )
     await batcher.start()
     calendars = calendar_use(plans)
     catalogue = Catalogue(METERS, calendars)
     seeder = Seeder(store, database, lambda: catalogue, MeterRegistry(METERS))
     leases = Leases(store)
-    limiter = Limiter(batcher, seeder, leases, keyspace)
+    settlement = Settlement(store, seeder, keyspace)
+    settler = Settler(settlement, lambda: batcher.connected_run, timeout_s)
+    journal = journal or MemoryJournal()
+    outage = Outage(journal, lambda: METERS)
+    limiter = Limiter(batcher, seeder, leases, keyspace, settler, outage)
+    replay = Replay(journal, settlement, store, keyspace, lambda: batcher.connected_run)
     try:
-        yield Stack(store, database, batcher, seeder, leases, limiter, calendars, keyspace)
+        yield Stack(
+            store,
+            database,
+            batcher,
+            seeder,
+            leases,
+            limiter,
+            calendars,
+            keyspace,
+            settlement,
+            settler,
+            journal,
+            replay,
+        )
     finally:
         await leases.close()
+        await settler.close()
         await seeder.close()
         await batcher.close()
         await store.close()

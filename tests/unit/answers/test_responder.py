@@ -58,14 +58,14 @@ class Played:
     def record(self, *labels: str) -> None:
         self.log.append(("record", *labels))
 
-    # Limiter and Leases
+    # Limiter
 
     async def admit_anonymous(self, admission: object, subject: str, request: str) -> Decision:
         self.subjects.append(subject)
         return Decision(True, False, [], LEASE)  # type: ignore[arg-type]
 
-    def release(self, held: object) -> None:
-        assert held is LEASE
+    def release(self, decision: Decision) -> None:
+        assert decision.held is LEASE
         self.log.append("released")
 
 
@@ -91,7 +91,7 @@ def ask(
     async def main() -> None:
         runtime = Runtime(loads(CONFIG, env={}), {})
         parts: Any = played
-        answer = Responder(runtime, SimpleNamespace(), parts, parts, parts)  # type: ignore[arg-type]
+        answer = Responder(runtime, SimpleNamespace(), parts, parts)  # type: ignore[arg-type]
         await answer(
             {
                 "type": "http",

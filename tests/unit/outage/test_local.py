@@ -279,7 +279,10 @@ def test_a_full_table_turns_new_subjects_away_and_forgets_none_that_counts() -> 
     window = compile_local([FixedWindow("w", "requests", 1, 60_000)], {"requests": 1}, METERS, 1)
     flight = compile_local([Concurrency("c", 1)], {"requests": 1}, METERS, 1)
     shadow = compile_local(
-        [FixedWindow("w", "requests", 1, 60_000, enforce=False), Concurrency("c", 1, enforce=False)],
+        [
+            FixedWindow("w", "requests", 1, 60_000, enforce=False),
+            Concurrency("c", 1, enforce=False),
+        ],
         {"requests": 1},
         METERS,
         1,
