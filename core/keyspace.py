@@ -52,6 +52,10 @@ class Keyspace:
         """Sorted set: state keys with unflushed changes, by the ms of the first such change."""
         return f"{PREFIX}:{{{shard}}}:dirty"
 
+    def idle(self, shard: int) -> str:
+        """Sorted set: state keys of clean subjects, by the ms at which they became clean."""
+        return f"{PREFIX}:{{{shard}}}:idle"
+
     def events(self, shard: int) -> str:
         """Stream: thresholds crossed and periods reset, until stored in Postgres."""
         return f"{PREFIX}:{{{shard}}}:events"

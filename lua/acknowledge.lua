@@ -1,17 +1,23 @@
 -- Marks states as flushed, after the ledger has committed them.
 --
 -- A subject that changed since its snapshot stays listed, as changed since then. Closed hours and
--- periods that the snapshot held are final, so they are dropped in either case.
+-- periods that the snapshot held are final, so they are dropped in either case. One that did not
+-- change is idle from now on, until it changes again: see evict.lua.
 --
 -- KEYS  1        sorted set of changed subjects of the shard
---       2 ...    state hash of each flushed subject
+--       2        sorted set of idle subjects of the shard
+--       3 ...    state hash of each flushed subject
 -- ARGV  1        time of the snapshots, ms
 --       then for each subject: epoch and version of its snapshot, number of closed fields, the fields
 -- Returns the number of subjects that are clean now.
 
+-- @include includes/clock.lua
+
 local SLICE = 1000 -- Lua's stack holds 8000 values: months of hours, when Postgres was away
+local dirty, idle = KEYS[1], KEYS[2]
+local now = math.floor(now_micros() / 1000)
 local clean, at = 0, 2
-for i = 2, #KEYS do
+for i = 3, #KEYS do
   local key = KEYS[i]
   local epoch, version, closed = ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2])
   local state = redis.call('HMGET', key, 'epoch', 'ver')
@@ -20,13 +26,15 @@ for i = 2, #KEYS do
       redis.call('HDEL', key, unpack(ARGV, first, math.min(first + SLICE - 1, at + 2 + closed)))
     end
     if state[2] == version then
-      redis.call('ZREM', KEYS[1], key)
+      redis.call('ZREM', dirty, key)
+      redis.call('ZADD', idle, now, key)
       clean = clean + 1
     else
-      redis.call('ZADD', KEYS[1], 'XX', ARGV[1], key)
+      redis.call('ZADD', dirty, 'XX', ARGV[1], key)
     end
   elseif not state[2] then
-    redis.call('ZREM', KEYS[1], key) -- the state is gone: nothing is left to flush
+    redis.call('ZREM', dirty, key) -- the state is gone: nothing is left to flush
+    redis.call('ZREM', idle, key)
     clean = clean + 1
   end
   at = at + 3 + closed
