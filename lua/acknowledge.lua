@@ -14,7 +14,7 @@
 -- @include includes/clock.lua
 
 local SLICE = 1000 -- Lua's stack holds 8000 values: months of hours, when Postgres was away
-local dirty, idle = KEYS[1], KEYS[2]
+local dirty_key, idle_key = KEYS[1], KEYS[2]
 local now = math.floor(now_micros() / 1000)
 local clean, at = 0, 2
 for i = 3, #KEYS do
@@ -26,15 +26,15 @@ for i = 3, #KEYS do
       redis.call('HDEL', key, unpack(ARGV, first, math.min(first + SLICE - 1, at + 2 + closed)))
     end
     if state[2] == version then
-      redis.call('ZREM', dirty, key)
-      redis.call('ZADD', idle, now, key)
+      redis.call('ZREM', dirty_key, key)
+      redis.call('ZADD', idle_key, now, key)
       clean = clean + 1
     else
-      redis.call('ZADD', dirty, 'XX', ARGV[1], key)
+      redis.call('ZADD', dirty_key, 'XX', ARGV[1], key)
     end
   elseif not state[2] then
-    redis.call('ZREM', dirty, key) -- the state is gone: nothing is left to flush
-    redis.call('ZREM', idle, key)
+    redis.call('ZREM', dirty_key, key) -- the state is gone: nothing is left to flush
+    redis.call('ZREM', idle_key, key)
     clean = clean + 1
   end
   at = at + 3 + closed

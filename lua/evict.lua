@@ -13,7 +13,7 @@
 
 -- @include includes/clock.lua
 
-local dirty, idle = KEYS[1], KEYS[2]
+local dirty_key, idle_key = KEYS[1], KEYS[2]
 local before, leases = tonumber(ARGV[1]), tonumber(ARGV[2])
 local now = math.floor(now_micros() / 1000)
 local evicted, kept = 0, 0
@@ -28,13 +28,13 @@ end
 
 for i = 3, #KEYS, 1 + leases do
   local key = KEYS[i]
-  local since = tonumber(redis.call('ZSCORE', idle, key) or before)
+  local since = tonumber(redis.call('ZSCORE', idle_key, key) or before)
   if since < before then
-    if redis.call('ZSCORE', dirty, key) or is_held(key) then
+    if redis.call('ZSCORE', dirty_key, key) or is_held(key) then
       kept = kept + 1
     else
       evicted = evicted + redis.call('DEL', key)
-      redis.call('ZREM', idle, key)
+      redis.call('ZREM', idle_key, key)
       for n = 1, leases do -- a set without members is gone; one with a request under way stays
         redis.call('ZREMRANGEBYSCORE', KEYS[i + n], '-inf', now)
       end

@@ -15,7 +15,7 @@ Steps of a batch, the failpoint behind each, and what a crash there leaves behin
   5. acknowledge: drop closed fields, unlist what   flush.acknowledged  done
      did not change meanwhile, which is idle now;
      what did change stays listed
-Several batches are listed at once, and while one is in steps 3 to 5 the next is in step 2.
+Several batches are listed at once; while two of them are in steps 3 to 5 the next is in step 2.
 
 What the ledger does not accept is never acknowledged, so nothing is lost silently:
   overtaken   its epoch is lower than the ledger's, because another process claimed a new epoch to
@@ -50,8 +50,10 @@ _log = logs.get_logger()
 
 # Keys and arguments after which a script call takes no further subject: at most twice as many.
 _MAX_ARGUMENTS = 45_000
-# Batches that are listed together, so that one can be read while the one before is stored.
+# Batches that are listed together, and how many of them are stored at once: while one waits for the
+# disk or is acknowledged, Postgres works on the other.
 _WINDOW = 8
+_STORING = 2
 
 Repair = Callable[[list[str]], Awaitable[object]]
 """Rebuilds subjects, whose state is older than the ledger, from the ledger."""
@@ -171,24 +173,24 @@ class Flusher:
 
     async def _flush(self, keys: list[str], run: FlushRun, result: FlushResult) -> None:
         """Steps 2 to 5 of all batches of a window."""
-        storing: asyncio.Task[None] | None = None
+        storing: deque[asyncio.Task[None]] = deque()
         try:
             for first in range(0, len(keys), self._batch):
                 batch = keys[first : first + self._batch]
                 read_at_ms = max(await self._store.now_ms(), run.until_ms + 1)
                 snapshots = await self._read(batch, result)
                 reach("flush.read")
-                if storing is not None:
-                    await storing
-                storing = asyncio.create_task(
-                    self._store_batch(batch, snapshots, read_at_ms, result)
+                if len(storing) == _STORING:
+                    await storing.popleft()
+                storing.append(
+                    asyncio.create_task(self._store_batch(batch, snapshots, read_at_ms, result))
                 )
-            if storing is not None:
-                await storing
+            while storing:
+                await storing.popleft()
         finally:
-            if storing is not None and not storing.done():
-                storing.cancel()
-                await asyncio.wait([storing])
+            for task in storing:
+                task.cancel()
+            await asyncio.gather(*storing, return_exceptions=True)
 
     async def _store_batch(
         self,
@@ -198,16 +200,17 @@ class Flusher:
         result: FlushResult,
     ) -> None:
         """Steps 3 to 5."""
-        overtaken = len(result.overtaken)
         accepted = await self._commit(snapshots, result)
         reach("flush.committed")
         unreadable = set(result.unreadable)
         readable = [key for key in keys if key not in unreadable]
-        result.clean += await self._confirm(accepted, readable, snapshots, read_at_ms)
+        # in a name of its own: += would add to what it was before the wait
+        clean = await self._confirm(accepted, readable, snapshots, read_at_ms)
+        result.clean += clean
         result.stored += len(accepted)
         reach("flush.acknowledged")
-        if fresh := set(result.overtaken[overtaken:]):
-            await self._pass_epochs_on([s for s in snapshots if s.subject in fresh], result)
+        if overtaken := set(result.overtaken):
+            await self._pass_epochs_on([s for s in snapshots if s.subject in overtaken], result)
 
     async def _read(self, keys: list[str], result: FlushResult) -> list[StateSnapshot]:
         """Step 2."""
@@ -338,6 +341,8 @@ class Flusher:
 
     async def _pass_epochs_on(self, snapshots: list[StateSnapshot], result: FlushResult) -> None:
         """Tells overtaken states their epoch, unless the ledger has a higher version."""
+        if not snapshots:
+            return
         ledger = {
             row["subject"]: (row["epoch"], row["version"])
             for row in await self._database.fetch("read_epochs", [s.subject for s in snapshots])

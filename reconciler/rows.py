@@ -35,9 +35,7 @@ class _Meters:
         return found
 
 
-def columns(
-    snapshots: Sequence[StateSnapshot], registry: MeterRegistry
-) -> tuple[Columns, Columns]:
+def columns(snapshots: Sequence[StateSnapshot], registry: MeterRegistry) -> tuple[Columns, Columns]:
     """Arguments of `store_periods` and of `store_hours` for all rows of these states."""
     meters = _Meters(registry)
     periods = _columns([(s, s.periods) for s in snapshots], meters)

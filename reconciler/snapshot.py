@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,15 +48,14 @@ class StateSnapshot:
         return frozenset([row.meter for row in self.periods] + [row.meter for row in self.hours])
 
 
+# int() would also take what no script writes: "+1", "1_0", digits of other scripts.
+_NUMBERS = {n: re.compile(rf"-?[0-9]+(?: -?[0-9]+){{{n - 1}}}").fullmatch for n in (2, 3, 5)}
+
+
 def _numbers(text: str, count: int) -> list[int]:
-    words = text.split(" ")
-    if len(words) != count:
-        raise ValueError(f"{text!r}: {count} numbers expected")
-    for word in words:
-        # int() would also take what no script writes: "+1", "1_0", " 1", other scripts' digits
-        if not word.removeprefix("-").isdigit() or not word.isascii():
-            raise ValueError(f"{text!r}: {word!r} is not a whole number")
-    return [int(word) for word in words]
+    if _NUMBERS[count](text) is None:
+        raise ValueError(f"{text!r} is not {count} whole numbers")
+    return [int(word) for word in text.split(" ")]
 
 
 def read_state(key: str, state: Mapping[str, str]) -> StateSnapshot:

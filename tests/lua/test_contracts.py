@@ -65,7 +65,7 @@ def test_a_script_opens_with_its_contract_and_builds_no_key(name: str) -> None:
     code = re.sub(r"--[^\n]*", "", script.source)
     assert "tg1" not in code
     for key in re.findall(r"call\('[A-Z]+', ([^,)]+)", code):
-        assert re.fullmatch(r"(KEYS\[[^]]+\]?.*|(s\.)?key|dirty_key|events_key)", key), key
+        assert re.fullmatch(r"(KEYS\[[^]]+\]?.*|(s\.)?key|dirty_key|idle_key|events_key)", key), key
     assert "os." not in code
     assert "math.random" not in code
 
@@ -104,15 +104,24 @@ def test_scripts_touch_only_the_keys_they_are_given(any_redis_url: str) -> None:
         release, acknowledge = scripts.scripts["release"], scripts.scripts["acknowledge"]
         scripts.redis.evalsha(release.sha, 2, slots, slots, "lease", 1_000, "lease", 0)
         scripts.redis.evalsha(
-            acknowledge.sha, 2, keyspace.dirty(0), key, 1, 1, 6, 2, "ch:a:1:2", "cp:a:1"
+            acknowledge.sha,
+            3,
+            *(keyspace.dirty(0), keyspace.idle(0), key),
+            *(1, 1, 6, 2, "ch:a:1:2", "cp:a:1"),
+        )
+        listed = {str(found) for found in scripts.redis.keys("*")}
+        evict = scripts.scripts["evict"]
+        scripts.redis.evalsha(
+            evict.sha, 4, keyspace.dirty(0), keyspace.idle(0), key, slots, 2**42, 1
         )
     finally:
         scripts.redis.echo("end-of-test")
         thread.join(10)
-    given = {key, slots, keyspace.dirty(0), keyspace.events(0)}
+    given = {key, slots, keyspace.dirty(0), keyspace.idle(0), keyspace.events(0)}
     touched = {command.split(" ")[1] for command in seen if command.upper() != "TIME"}
     assert touched == given
-    assert set(scripts.redis.keys("*")) <= given
+    assert listed <= given
+    assert scripts.redis.keys("*") == [keyspace.events(0)]
 
 
 def test_the_reply_of_a_mixed_batch(scripts: Scripts) -> None:
