@@ -20,9 +20,11 @@ Several batches are listed at once; while two of them are in steps 3 to 5 the ne
 What the ledger does not accept is never acknowledged, so nothing is lost silently:
   overtaken   its epoch is lower than the ledger's, because another process claimed a new epoch to
               seed the same subject and lost the race or died. It is told the epoch, and the next
-              flush takes it, provided that its version is not below the ledger's.
-  behind      the ledger has a higher version: Redis lost writes. It stays listed, an error is
-              logged, the lag shows it, and `repair` is asked to rebuild it from the ledger.
+              flush takes it, provided that nobody counted in a higher one.
+  behind      the ledger has a higher version: Redis lost writes. Or it has counts of a higher
+              epoch: the state was seeded by a process that had read the ledger before those. It
+              stays listed, an error is logged, the lag shows it, and `repair` is asked to
+              rebuild it from the ledger.
 A subject that is listed and has no state is lost: its last changes are nowhere. That is reported
 before it is unlisted; at its next request it is seeded with what the ledger has.
 """
@@ -340,19 +342,17 @@ class Flusher:
         return clean
 
     async def _pass_epochs_on(self, snapshots: list[StateSnapshot], result: FlushResult) -> None:
-        """Tells overtaken states their epoch, unless the ledger has a higher version."""
+        """Tells overtaken states their epoch, unless the ledger has counts that they lack."""
         if not snapshots:
             return
-        ledger = {
-            row["subject"]: (row["epoch"], row["version"])
-            for row in await self._database.fetch("read_epochs", [s.subject for s in snapshots])
-        }
+        rows = await self._database.fetch("counted_epochs", [s.subject for s in snapshots])
+        ledger = {row["subject"]: row for row in rows}
         for snapshot in snapshots:
-            epoch, version = ledger[snapshot.subject]
-            if snapshot.version < version:
-                self._is_behind(snapshot, version, result)
+            row = ledger[snapshot.subject]
+            if row["counted"] > snapshot.epoch or row["version"] > snapshot.version:
+                self._is_behind(snapshot, row["version"], result)
                 continue
-            await self._store.run(self._seed, [snapshot.key], [snapshot.version, epoch, 0])
+            await self._store.run(self._seed, [snapshot.key], [snapshot.version, row["epoch"], 0])
             _log.warning("epoch_passed_on", subject=snapshot.subject)
 
 

@@ -28,9 +28,10 @@ WHERE taken.version IS DISTINCT FROM given.version;
 
 -- name: store_periods
 -- Epoch and version alone decide: within an epoch a total may fall, by a refund. What is equal is
--- not written again, so a subject that used one of its meters costs no rows of the others; whatever
--- does change is open again, should it have been sealed. $9 and $10 are the meters' names and
--- what a smallest unit of each is worth: $2 counts into them from 1.
+-- not written again, so a subject that used one of its meters costs no rows of the others, but for
+-- a higher epoch, which says whose counts these are (see counted_epochs). A sealed period that does
+-- change is open again. $9 and $10 are the meters' names and what a smallest unit of each is worth:
+-- $2 counts into them from 1.
 INSERT INTO ledger_periods AS l
     (subject, meter, period_start, period_end, total, overage, epoch, version, updated_at)
 SELECT t.subject, ($9::text[])[t.meter],
@@ -46,10 +47,20 @@ FROM unnest($1::text[], string_to_array($2, ' ')::int[], string_to_array($3, ' '
 ON CONFLICT (subject, meter, period_start) DO UPDATE
 SET period_end = excluded.period_end, total = excluded.total, overage = excluded.overage,
     epoch = excluded.epoch, version = excluded.version, updated_at = excluded.updated_at,
-    sealed_at = NULL
+    sealed_at = CASE WHEN (excluded.total, excluded.overage, excluded.period_end)
+                          IS DISTINCT FROM (l.total, l.overage, l.period_end)
+                     THEN NULL ELSE l.sealed_at END
 WHERE (excluded.epoch, excluded.version) >= (l.epoch, l.version)
-  AND (excluded.total, excluded.overage, excluded.period_end)
-      IS DISTINCT FROM (l.total, l.overage, l.period_end);
+  AND (excluded.total, excluded.overage, excluded.period_end, excluded.epoch)
+      IS DISTINCT FROM (l.total, l.overage, l.period_end, l.epoch);
+
+-- name: counted_epochs
+-- What the ledger has of subjects: its epoch, which may have been claimed and never counted in, its
+-- version, and the epoch that was counted in last, 0 when none was.
+SELECT s.subject, s.epoch, s.version, coalesce(max(p.epoch), 0) AS counted
+FROM ledger_subjects s LEFT JOIN ledger_periods p ON p.subject = s.subject
+WHERE s.subject = ANY ($1::text[])
+GROUP BY s.subject;
 
 -- name: store_hours
 -- As store_periods.
@@ -73,7 +84,7 @@ WHERE (excluded.epoch, excluded.version) >= (l.epoch, l.version)
 
 -- name: store_events
 -- Once per subject, limit, period, kind, threshold and height of the limit, however often an event
--- is delivered.
+-- is delivered; a reset once per period whatever the height.
 INSERT INTO limit_events
     (subject, limit_name, meter, kind, threshold, usage, limit_quantity, period_start, period_end,
      occurred_at, stream_id)
@@ -83,7 +94,7 @@ FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::int[], $6::numer
             $7::numeric[], $8::timestamptz[], $9::timestamptz[], $10::timestamptz[], $11::text[])
     AS t (subject, limit_name, meter, kind, threshold, usage, limit_quantity, period_start,
           period_end, occurred_at, stream_id)
-ON CONFLICT (subject, limit_name, period_start, kind, threshold, limit_quantity) DO NOTHING
+ON CONFLICT DO NOTHING
 RETURNING subject, limit_name, kind, threshold;
 
 -- name: ledger_of_subject

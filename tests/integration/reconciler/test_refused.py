@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from typing import Any
 
+import asyncpg
 import pytest
 
 from core.admission.program import compile_program
@@ -135,6 +136,57 @@ def test_an_overtaken_state_below_the_ledger_is_not_let_in(
         assert scripts.state("s")["epoch"] == "1"
         assert (await p.flusher.flush_all()).stored == 0
         assert await p.ledger("s") == stored
+
+    run(valkey, database, check)
+
+
+def test_a_state_seeded_from_an_older_reading_is_behind(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    """One process read the ledger; another seeded, counted and left; then the first one seeded."""
+
+    async def check(p: Parts) -> None:
+        for epoch, version in ((1, 0), (3, 2)):
+            scripts.seed("s", epoch=epoch, version=version)
+            spend(scripts, "s", 2)
+            await p.flusher.flush_all()
+            scripts.redis.delete(p.keyspace.state("s"))
+        stored = await p.ledger("s")
+        scripts.seed("s", epoch=2, version=2)
+        spend(scripts, "s", 9)  # versions and totals are above the ledger's: they do not tell
+        result = await p.flusher.flush_all()
+        assert (result.overtaken, result.behind, result.stored) == (["s"], ["s"], 0)
+        assert scripts.state("s")["epoch"] == "2"
+        assert (await p.flusher.flush_all()).behind == ["s"]
+        assert await p.ledger("s") == stored
+
+    run(valkey, database, check)
+
+
+def test_an_unchanged_meter_is_not_written_again(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    """And so a sealed period stays sealed, until it does change."""
+
+    async def sealed(p: Parts) -> dict[str, bool]:
+        connection = await asyncpg.connect(database)
+        rows = await connection.fetch("SELECT meter, sealed_at, version FROM ledger_periods")
+        await connection.execute("UPDATE ledger_periods SET sealed_at = now()")
+        await connection.close()
+        return {row["meter"]: row["sealed_at"] is not None for row in rows}
+
+    async def check(p: Parts) -> None:
+        spend(scripts, "s", credits=5)
+        await p.flusher.flush_all()
+        assert await sealed(p) == {"requests": False, "credits": False}
+        spend(scripts, "s")
+        await p.flusher.flush_all()
+        assert await sealed(p) == {"requests": False, "credits": True}
+        assert await p.version("s") == (1, 2)
+        scripts.redis.hset(p.keyspace.state("s"), "epoch", 2)
+        scripts.redis.zadd(p.keyspace.dirty(0), {p.keyspace.state("s"): START_MS})
+        await p.flusher.flush_all()
+        assert await sealed(p) == {"requests": True, "credits": True}
 
     run(valkey, database, check)
 
