@@ -29,7 +29,7 @@ SLIDING = "s:"  # s:<limit>           window start, count, count of the window b
 FIRED = "t:"  # t:<limit>             period start, highest threshold fired in percent, the limit
 CLOSED_HOUR = "ch:"  # ch:<meter>:<period start>:<hour>   total, overage; until flushed
 CLOSED_PERIOD = "cp:"  # cp:<meter>:<period start>        end, total, overage; until flushed
-RESERVED = "v:"  # v:<id>   expiry, time, then each meter's name, cost, period, hour and overage
+RESERVED = "v:"  # v:<id>   expiry, time, then each meter's name, cost, period, hour and cap
 EXPIRED = "x:"  # x:<id>    what a reservation was that expired, for a settlement that comes late
 
 
@@ -70,6 +70,10 @@ class Keyspace:
     def event(self, subject: str, event_id: str) -> str:
         """Text: a usage event of this id was counted; kept until a while after it is stored."""
         return f"{PREFIX}:{{{self.shard(subject)}}}:e:{subject}:{event_id}"
+
+    def idle(self, shard: int) -> str:
+        """Sorted set: state keys of clean subjects, by the ms at which they became clean."""
+        return f"{PREFIX}:{{{shard}}}:idle"
 
     def events(self, shard: int) -> str:
         """Stream: thresholds crossed and periods reset, until stored in Postgres."""

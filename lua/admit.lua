@@ -209,15 +209,15 @@ local function cross(s, i, row, before, used, from, to)
 end
 
 -- Remembers what an admitted check charged until it is settled: `expiry admitted`, then for each
--- meter its name, the cost, start of period and hour, and the overage in it.
+-- meter its name, the cost, start of period and hour, and where overage begins (-1: nowhere).
 local due = {} -- expiry, member pairs of one ZADD
 
-local function reserve(s, key, id, program, over)
+local function reserve(s, key, id, program, caps)
   local expiry = now + program.reserve
   local text = format('%d %d', expiry, now)
   for k, m in ipairs(s.meters) do
     local row = program.meters[k]
-    text = text .. format(' %s %d %d %d %d', row[1], row[3] == 1 and row[2] or 0, m.from, m.hour, over[k])
+    text = text .. format(' %s %d %d %d %d', row[1], row[3] == 1 and row[2] or 0, m.from, m.hour, caps[k] or -1)
   end
   s.reserved = s.reserved or {}
   local n = #s.reserved
@@ -351,7 +351,7 @@ while arg_at <= last_arg do
           local row = program.meters[k]
           charge(meters[k], row[3], row[2], over[k], caps[k])
         end
-        if program.reserve > 0 then reserve(s, key, ARGV[arg_at + 3], program, over) end
+        if program.reserve > 0 then reserve(s, key, ARGV[arg_at + 3], program, caps) end
         if program.event then
           record_event(s, key, program, KEYS[key_at + 1 + program.leases], ARGV[arg_at + 3])
           s.status = DUPLICATE -- were it in this batch again

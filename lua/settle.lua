@@ -52,15 +52,16 @@ for i = 4, #KEYS do
 end
 
 -- What a reservation's text says: expiry, time it was made, and for each meter its name, the cost, the
--- period and hour it was counted in, and how much of it was overage.
+-- period and hour it was counted in, and where overage begins.
 local function parse(text)
   local items = {}
   for word in string.gmatch(text, '%S+') do items[#items + 1] = word end
   local meters = {}
   for n = 3, #items, 5 do
+    local cap = tonumber(items[n + 4])
     meters[#meters + 1] = { name = items[n], cost = tonumber(items[n + 1]),
                             period = tonumber(items[n + 2]), hour = tonumber(items[n + 3]),
-                            over = tonumber(items[n + 4]) }
+                            cap = cap >= 0 and cap or nil }
   end
   return tonumber(items[1]), tonumber(items[2]), meters
 end
@@ -89,7 +90,7 @@ local function changes(o)
     if after ~= before then
       list[#list + 1] = { name = m.name, kind = 1, units = after - before, from = m.period,
                           to = m.period + 1, at = math.max(made, m.hour), settles = true,
-                          over = o.expired and math.min(m.over, after) or nil }
+                          cap = m.cap }
     end
   end
   return list
@@ -98,9 +99,7 @@ end
 local function add(total, over, change)
   local after = change.kind == 1 and total + change.units or aggregate(change.kind, total, change.units)
   local excess = 0
-  if change.over then
-    excess = change.over -- what was given back when it expired
-  elseif change.units < 0 then
+  if change.units < 0 then
     if over > 0 then excess = -math.min(-change.units, over) end -- overage is given back first
   elseif change.cap and after > change.cap then
     excess = total > change.cap and after - total or after - change.cap
@@ -184,17 +183,6 @@ local function apply(key, change)
     end
   end
   call('HSET', key, m, format('%d %d %d %d %d', total, over, hour_total, hour_over, count + 1))
-  return excess
-end
-
--- A reservation's text once it has expired: its overage is now what was given back of it.
-local function expired_text(o, given)
-  local expiry, made, meters = parse(o.text)
-  local text = format('%d %d', expiry, made)
-  for _, m in ipairs(meters) do
-    text = text .. format(' %s %d %d %d %d', m.name, m.cost, m.period, m.hour, given[m.name] or 0)
-  end
-  return text
 end
 
 -- Looks an operation up: the answer if there is nothing to change, or nil.
@@ -247,12 +235,11 @@ local function settle(o)
     call('ZREM', KEYS[2], member)
     return
   end
-  local given = {}
-  for _, change in ipairs(o.list) do given[change.name] = -apply(o.key, change) end
+  for _, change in ipairs(o.list) do apply(o.key, change) end
   if o.kind ~= ADJUST then
     call('HDEL', o.key, (o.expired and 'x:' or 'v:') .. o.id)
     if o.kind == EXPIRE then
-      call('HSET', o.key, 'x:' .. o.id, expired_text(o, given))
+      call('HSET', o.key, 'x:' .. o.id, o.text)
       call('ZADD', KEYS[2], now + TOMBSTONE_MS, member)
     else
       call('ZREM', KEYS[2], member)

@@ -1,9 +1,10 @@
 """The way of a limit event into Postgres: at least once out of the stream, once into the table.
 
-Steps of `store_once`, and what a crash after each leaves behind:
-  1. read the oldest entries      nothing
-  2. store_events                 stored, still in the stream: stored again it changes nothing
-  3. delete the entries           done
+Steps of `store_once`, the failpoint behind each, and what a crash there leaves behind:
+  1. read the oldest entries      events.read      nothing
+  2. store_events                 events.stored    stored, still in the stream: stored again it
+                                                   changes nothing
+  3. delete the entries           events.deleted   done
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from decimal import Decimal
 
 from core import clock
 from core.db import ConstraintError, Database, Row
+from core.failpoints import reach
 from core.keyspace import Keyspace, subject_of
 from core.meters import MeterRegistry
 from core.redis.store import Store
@@ -70,6 +72,7 @@ class EventStore:
         entries = await self._store.entries(self._stream, self._batch, self._after)
         if not entries:
             return 0, 0
+        reach("events.read")
         count = len(entries)
         names = {fields["meter"] for _, fields in entries if "meter" in fields}
         unknown = await self._registry.unknown(self._database, names)
@@ -86,9 +89,11 @@ class EventStore:
                 _log.error("limit_event_unreadable", id=entry_id, fields=fields, reason=str(error))
         # Step 2
         rows = await self._store_rows(values)
+        reach("events.stored")
         # Step 3
         if entries:
             await self._store.delete_entries(self._stream, [entry_id for entry_id, _ in entries])
+        reach("events.deleted")
         for row in rows:
             _log.info("limit_event", **dict(row))
             if self._on_event is not None:

@@ -3,60 +3,76 @@
 Repeating a flush, running two at once, or crashing anywhere in one changes nothing in the result,
 because a row is only ever replaced by one of a higher version of the same subject.
 
-Steps of `flush_once`, and what a crash after each leaves behind:
-  1. list the subjects that changed longest ago     nothing
-  2. read their states, each atomic                 nothing
-  3. one transaction: accept_states locks the       rows stored, subjects still listed as changed:
-     subjects and sorts out overtaken ones, then    the next flush stores the same or newer state
+Steps of a batch, the failpoint behind each, and what a crash there leaves behind:
+  1. list the subjects that changed longest ago     flush.listed        nothing
+  2. read their states, each atomic                 flush.read          nothing
+  3. in one transaction, accept_states locks the    flush.stored        nothing: rolled back
+     subjects and sorts out overtaken ones, then
      store_periods and store_hours
-  4. acknowledge: drop closed fields, unlist what   done; a subject that changed meanwhile stays
-     did not change meanwhile                       listed
+  4. commit                                         flush.committed     rows, and the subjects still
+                                                                        listed: the next flush
+                                                                        stores the same or newer
+  5. acknowledge: drop closed fields, unlist what   flush.acknowledged  done
+     did not change meanwhile, which is idle now;
+     what did change stays listed
+Several batches are listed at once; while two of them are in steps 3 to 5 the next is in step 2.
 
-A state that the ledger does not accept is never acknowledged, so nothing is lost silently:
+What the ledger does not accept is never acknowledged, so nothing is lost silently:
   overtaken   its epoch is lower than the ledger's, because another process claimed a new epoch to
               seed the same subject and lost the race or died. It is told the epoch, and the next
-              flush takes it, provided that its totals are not below the ledger's.
-  behind      Redis lost writes: at the same epoch its version is lower than the ledger's, or, as it
-              counted on from an older state, one of its totals is. It stays listed, an error is
-              logged, and the lag shows it, until the totals have passed the ledger's, or its key
-              is deleted, upon which it is rebuilt from the ledger.
+              flush takes it, provided that nobody counted in a higher one.
+  behind      the ledger has a higher version: Redis lost writes. Or it has counts of a higher
+              epoch: the state was seeded by a process that had read the ledger before those. It
+              stays listed, an error is logged, the lag shows it, and `repair` is asked to
+              rebuild it from the ledger.
+A subject that is listed and has no state is lost: its last changes are nowhere. That is reported
+before it is unlisted; at its next request it is seeded with what the ledger has.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from core import clock
 from core.db import ConstraintError, Database
-from core.keyspace import Keyspace
+from core.errors import StoreUnavailableError
+from core.failpoints import reach
+from core.keyspace import Keyspace, subject_of
 from core.meters import MeterRegistry
-from core.policy import Aggregation, Meter
 from core.redis.scripts import load
 from core.redis.store import Store
 from core.telemetry import logs
-from reconciler.snapshot import HourRow, PeriodRow, StateSnapshot, read_state
+from reconciler.rows import columns
+from reconciler.snapshot import StateSnapshot, read_state
 
 _log = logs.get_logger()
 
 # Keys and arguments after which a script call takes no further subject: at most twice as many.
 _MAX_ARGUMENTS = 45_000
+# Batches that are listed together, and how many of them are stored at once: while one waits for the
+# disk or is acknowledged, Postgres works on the other.
+_WINDOW = 8
+_STORING = 2
 
-_FIX_BEHIND = "delete the key in Redis: it is rebuilt from the ledger"
+Repair = Callable[[list[str]], Awaitable[object]]
+"""Rebuilds subjects, whose state is older than the ledger, from the ledger."""
 
 
 @dataclass(slots=True)
 class FlushResult:
-    """What one call did. `more` is whether subjects that changed before its start may be left."""
+    """What one call did. `stored`, `clean` (unlisted) and `repaired` (given to `repair`, which
+    returned) are counts; `unreadable` and `lost` are state keys, the others subjects."""
 
     stored: int = 0
     clean: int = 0
+    repaired: int = 0
     overtaken: list[str] = field(default_factory=list)
     behind: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
-    more: bool = False
+    lost: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -70,12 +86,12 @@ class FlushRun:
     stuck: int = 0
 
 
-class _Lowered(Exception):
-    """Rows would lower a total of the ledger."""
-
-
 class Flusher:
-    """Copies changed subjects of one shard."""
+    """Copies changed subjects of one shard.
+
+    `repair` is called once a run with the subjects that are behind; `on_lost(count)` for listed
+    subjects without a state.
+    """
 
     def __init__(
         self,
@@ -86,12 +102,17 @@ class Flusher:
         *,
         shard: int = 0,
         batch: int = 1_000,
+        repair: Repair | None = None,
+        on_lost: Callable[[int], None] | None = None,
     ) -> None:
         self._store = store
         self._database = database
         self._dirty_key = keyspace.dirty(shard)
+        self._idle_key = keyspace.idle(shard)
         self._registry = registry
         self._batch = batch
+        self._repair = repair
+        self._on_lost = on_lost
         self._acknowledge = load("acknowledge")
         self._seed = load("seed")
 
@@ -113,19 +134,16 @@ class Flusher:
         Raises:
             StoreUnavailableError: Redis or Postgres did not answer; what was done stays done.
         """
-        total = FlushResult()
+        result = FlushResult()
         run = FlushRun(await self._store.now_ms())
         await self._bring_back(run.until_ms)
-        more = True
-        while more:
-            result = await self.flush_once(run)
-            more = result.more
-            total.stored += result.stored
-            total.clean += result.clean
-            total.overtaken += result.overtaken
-            total.behind += result.behind
-            total.unreadable += result.unreadable
-        return total
+        while keys := await self._due(run):
+            reach("flush.listed")
+            run.seen.update(keys)
+            await self._flush(keys, run, result)
+        if result.behind and self._repair is not None:
+            await self._mend(self._repair, result)
+        return result
 
     async def _bring_back(self, now_ms: int) -> None:
         """Subjects that changed in the future: the clock went back. They are due all the same."""
@@ -136,59 +154,91 @@ class Flusher:
             if len(keys) < self._batch:
                 return
 
-    async def _due(self, run: FlushRun) -> tuple[list[str], bool]:
-        """The next subjects of a run, and whether there may be more.
+    async def _due(self, run: FlushRun) -> list[str]:
+        """Step 1: the next subjects of a run, several batches; none when it is done.
 
         What was tried and could not be stored keeps its place at the head of the list; everything
         else was unlisted or has a later time now.
         """
-        while True:
-            rows = await self._store.oldest(self._dirty_key, self._batch, run.stuck)
+        keys: list[str] = []
+        skip = run.stuck
+        while len(keys) < _WINDOW * self._batch:
+            rows = await self._store.oldest(self._dirty_key, self._batch, skip)
+            skip += len(rows)
             due = [key for key, since in rows if since <= run.until_ms]
-            keys = [key for key in due if key not in run.seen]
-            run.stuck += len(list(takewhile(run.seen.__contains__, due)))
-            if keys or not due:
-                return keys, len(rows) == self._batch
+            if not keys:
+                run.stuck += len(list(takewhile(run.seen.__contains__, due)))
+            keys += [key for key in due if key not in run.seen]
+            if len(due) < self._batch:
+                break
+        return list(dict.fromkeys(keys))  # it moves while it is listed
 
-    async def flush_once(self, run: FlushRun) -> FlushResult:
-        """Flushes one batch of the subjects that changed up to `run.until_ms` (Redis time)."""
-        result = FlushResult()
-        # Step 1
-        keys, result.more = await self._due(run)
-        if not keys:
-            result.more = False
-            return result
-        run.seen.update(keys)
-        # Step 2
-        read_at_ms = max(await self._store.now_ms(), run.until_ms + 1)
-        snapshots = await self._read(keys, result)
-        readable = [key for key in keys if key not in result.unreadable]
-        # Step 3
+    async def _flush(self, keys: list[str], run: FlushRun, result: FlushResult) -> None:
+        """Steps 2 to 5 of all batches of a window."""
+        storing: deque[asyncio.Task[None]] = deque()
+        try:
+            for first in range(0, len(keys), self._batch):
+                batch = keys[first : first + self._batch]
+                read_at_ms = max(await self._store.now_ms(), run.until_ms + 1)
+                snapshots = await self._read(batch, result)
+                reach("flush.read")
+                if len(storing) == _STORING:
+                    await storing.popleft()
+                storing.append(
+                    asyncio.create_task(self._store_batch(batch, snapshots, read_at_ms, result))
+                )
+            while storing:
+                await storing.popleft()
+        finally:
+            for task in storing:
+                task.cancel()
+            await asyncio.gather(*storing, return_exceptions=True)
+
+    async def _store_batch(
+        self,
+        keys: list[str],
+        snapshots: list[StateSnapshot],
+        read_at_ms: int,
+        result: FlushResult,
+    ) -> None:
+        """Steps 3 to 5."""
         accepted = await self._commit(snapshots, result)
-        # Step 4
-        result.clean += await self._confirm(accepted, readable, snapshots, read_at_ms)
-        result.stored = len(accepted)
-        if result.overtaken:
-            await self._pass_epochs_on([s for s in snapshots if s.subject in result.overtaken])
-        return result
+        reach("flush.committed")
+        unreadable = set(result.unreadable)
+        readable = [key for key in keys if key not in unreadable]
+        # in a name of its own: += would add to what it was before the wait
+        clean = await self._confirm(accepted, readable, snapshots, read_at_ms)
+        result.clean += clean
+        result.stored += len(accepted)
+        reach("flush.acknowledged")
+        if overtaken := set(result.overtaken):
+            await self._pass_epochs_on([s for s in snapshots if s.subject in overtaken], result)
 
     async def _read(self, keys: list[str], result: FlushResult) -> list[StateSnapshot]:
+        """Step 2."""
         states = await self._store.hgetall_many(keys)
         read: list[StateSnapshot] = []
+        lost = 0
         for key, state in zip(keys, states, strict=True):
             if not state:
-                continue  # flushed by another reconciler and gone, or wiped: step 4 unlists it
+                _log.error("state_lost", key=key, subject=subject_of(key))
+                result.lost.append(key)
+                lost += 1
+                continue
             try:
                 read.append(read_state(key, state))
             except (ValueError, KeyError) as error:
                 _log.error("state_unreadable", key=key, reason=str(error))
                 result.unreadable.append(key)
-        unknown = await self._registry.unknown(
-            self._database, {name for snapshot in read for name in snapshot.meters}
-        )
+        if lost and self._on_lost is not None:
+            self._on_lost(lost)
+        names = {row[0] for s in read for row in s.periods} | {r[0] for s in read for r in s.hours}
+        unknown = await self._registry.unknown(self._database, names)
+        if not unknown:
+            return read
         for snapshot in read:
-            if names := unknown & snapshot.meters:
-                reason = f"no process declared the meter {', '.join(sorted(names))}"
+            if missing := unknown & snapshot.meters:
+                reason = f"no process declared the meter {', '.join(sorted(missing))}"
                 _log.error("state_unreadable", key=snapshot.key, reason=reason)
                 result.unreadable.append(snapshot.key)
         return [snapshot for snapshot in read if not unknown & snapshot.meters]
@@ -196,15 +246,13 @@ class Flusher:
     async def _commit(
         self, snapshots: list[StateSnapshot], result: FlushResult
     ) -> list[StateSnapshot]:
-        """Step 3. A batch with a row that Postgres cannot take is halved until it stands alone."""
+        """Steps 3 and 4. A batch with a row that Postgres cannot take is halved until it stands
+        alone."""
         if not snapshots:
             return []
         try:
             return await self._store_rows(snapshots, result)
-        except (ConstraintError, ValueError, OverflowError, _Lowered) as error:
-            if len(snapshots) == 1 and isinstance(error, _Lowered):
-                self._is_behind(snapshots[0], result, reason=str(error))
-                return []
+        except (ConstraintError, ValueError, OverflowError) as error:
             if len(snapshots) == 1:
                 _log.error("state_refused", key=snapshots[0].key, reason=str(error))
                 result.unreadable.append(snapshots[0].key)
@@ -220,22 +268,21 @@ class Flusher:
             rows = await transaction.fetch(
                 "accept_states",
                 [snapshot.subject for snapshot in snapshots],
-                [snapshot.epoch for snapshot in snapshots],
-                [snapshot.version for snapshot in snapshots],
+                " ".join([str(snapshot.epoch) for snapshot in snapshots]),
+                " ".join([str(snapshot.version) for snapshot in snapshots]),
             )
-            versions: dict[str, int] = {row["subject"]: row["version"] for row in rows}
-            accepted = [s for s in snapshots if versions.get(s.subject) == s.version]
-            for query, columns in (
-                ("store_periods", self._columns((s, row) for s in accepted for row in s.periods)),
-                ("store_hours", self._columns((s, row) for s in accepted for row in s.hours)),
-            ):
-                if await transaction.execute(query, *columns) != len(columns[0]):
-                    raise _Lowered(f"{query}: a total is below the ledger's")
-        for snapshot in snapshots:
-            version = versions.get(snapshot.subject)
+            refused: dict[str, int | None] = {row["subject"]: row["version"] for row in rows}
+            accepted = [s for s in snapshots if s.subject not in refused] if refused else snapshots
+            if accepted:
+                periods, hours = columns(accepted, self._registry)
+                await transaction.execute("store_periods", *periods)
+                await transaction.execute("store_hours", *hours)
+            reach("flush.stored")
+        for snapshot in snapshots if refused else ():
+            version = refused.get(snapshot.subject, -1)
             if version is None:
                 result.overtaken.append(snapshot.subject)
-            elif version != snapshot.version:
+            elif version >= 0:
                 await self._look_behind(snapshot, version, result)
         return accepted
 
@@ -244,45 +291,33 @@ class Flusher:
     ) -> None:
         """A higher version in the ledger: another reconciler was faster, or Redis lost writes."""
         state = (await self._store.hgetall_many([snapshot.key]))[0]
-        if state and read_state(snapshot.key, state).version < version:
-            self._is_behind(snapshot, result, reason=f"the ledger has version {version}")
+        if not state:
+            return
+        now = read_state(snapshot.key, state)
+        if now.epoch == snapshot.epoch and now.version < version:
+            self._is_behind(snapshot, version, result)
 
-    def _is_behind(self, snapshot: StateSnapshot, result: FlushResult, *, reason: str) -> None:
+    def _is_behind(self, snapshot: StateSnapshot, version: int, result: FlushResult) -> None:
         result.behind.append(snapshot.subject)
         _log.error(
             "state_behind_ledger",
             key=snapshot.key,
             epoch=snapshot.epoch,
             version=snapshot.version,
-            reason=reason,
-            fix=_FIX_BEHIND,
+            ledger_version=version,
         )
 
-    def _columns(
-        self, rows: Iterable[tuple[StateSnapshot, PeriodRow | HourRow]]
-    ) -> list[list[object]]:
-        """The rows as `store_periods` and `store_hours` take them: one list a column."""
-        columns: list[list[object]] = [[] for _ in range(8)]
-        for snapshot, (name, start_ms, second_ms, total, overage) in rows:
-            meter = self._meter(name)
-            values = (
-                snapshot.subject,
-                name,
-                clock.to_datetime(start_ms),
-                clock.to_datetime(second_ms),
-                meter.from_units(total),
-                meter.from_units(overage),
-                snapshot.epoch,
-                snapshot.version,
-            )
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
-        return columns
-
-    def _meter(self, name: str) -> Meter:
-        meter = self._registry.get(name)
-        assert meter is not None, name  # _read left out states with unknown meters
-        return meter
+    async def _mend(self, repair: Repair, result: FlushResult) -> None:
+        try:
+            await repair(result.behind)
+        except StoreUnavailableError:
+            raise
+        except Exception:
+            # They stay listed, and the next run asks again.
+            _log.exception("repair_failed", subjects=len(result.behind))
+        else:
+            result.repaired = len(result.behind)
+            _log.warning("repaired", subjects=result.repaired)
 
     async def _confirm(
         self,
@@ -291,13 +326,13 @@ class Flusher:
         snapshots: list[StateSnapshot],
         read_at_ms: int,
     ) -> int:
-        """Step 4; also unlists subjects whose state was gone in step 2."""
-        read = {snapshot.key for snapshot in snapshots}
+        """Step 5; also unlists subjects whose state was gone in step 2."""
         entries = deque(entry for snapshot in accepted for entry in _entries(snapshot))
+        read = {snapshot.key for snapshot in snapshots}
         entries += ((key, ("", "", 0)) for key in keys if key not in read)
         clean = 0
         while entries:
-            call_keys: list[str] = [self._dirty_key]
+            call_keys: list[str] = [self._dirty_key, self._idle_key]
             arguments: list[str | int] = [read_at_ms]
             while entries and len(call_keys) + len(arguments) < _MAX_ARGUMENTS:
                 key, values = entries.popleft()
@@ -306,30 +341,18 @@ class Flusher:
             clean += int(await self._store.run(self._acknowledge, call_keys, arguments))
         return clean
 
-    async def _pass_epochs_on(self, snapshots: list[StateSnapshot]) -> None:
-        """Tells overtaken states their epoch, unless their totals are below the ledger's."""
-        epochs = {
-            row["subject"]: row["epoch"]
-            for row in await self._database.fetch("read_epochs", [s.subject for s in snapshots])
-        }
+    async def _pass_epochs_on(self, snapshots: list[StateSnapshot], result: FlushResult) -> None:
+        """Tells overtaken states their epoch, unless the ledger has counts that they lack."""
+        if not snapshots:
+            return
+        rows = await self._database.fetch("counted_epochs", [s.subject for s in snapshots])
+        ledger = {row["subject"]: row for row in rows}
         for snapshot in snapshots:
-            rows = await self._database.fetch("ledger_of_subject", snapshot.subject, 1_000)
-            stored = {
-                (row["meter"], clock.from_datetime(row["period_start"])): row["total"]
-                for row in rows
-            }
-            lost = [
-                row.meter
-                for row in snapshot.periods
-                if (meter := self._meter(row.meter)).aggregation is not Aggregation.LAST
-                and meter.from_units(row.total) < stored.get((row.meter, row.start_ms), 0)
-            ]
-            if lost:
-                _log.error("state_below_ledger", subject=snapshot.subject, meters=lost)
+            row = ledger[snapshot.subject]
+            if row["counted"] > snapshot.epoch or row["version"] > snapshot.version:
+                self._is_behind(snapshot, row["version"], result)
                 continue
-            await self._store.run(
-                self._seed, [snapshot.key], [snapshot.version, epochs[snapshot.subject], 0]
-            )
+            await self._store.run(self._seed, [snapshot.key], [snapshot.version, row["epoch"], 0])
             _log.warning("epoch_passed_on", subject=snapshot.subject)
 
 
@@ -339,8 +362,9 @@ def _entries(snapshot: StateSnapshot) -> Iterator[tuple[str, tuple[str | int, ..
     All but the last piece go without the version: they drop fields and leave the state listed.
     """
     closed = snapshot.closed
-    for first in range(0, max(1, len(closed)), _MAX_ARGUMENTS):
-        piece = closed[first : first + _MAX_ARGUMENTS]
-        last = first + _MAX_ARGUMENTS >= len(closed)
+    size = _MAX_ARGUMENTS // 2 * 2  # a field and its text stay together
+    for first in range(0, max(1, len(closed)), size):
+        piece = closed[first : first + size]
+        last = first + size >= len(closed)
         version = snapshot.version if last else ""
         yield snapshot.key, (snapshot.epoch, version, len(piece), *piece)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,17 +30,20 @@ class HourRow(NamedTuple):
     overage: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StateSnapshot:
-    """One subject's state at one version. `closed` are fields that are final once flushed."""
+    """One subject's state at one version.
+
+    `closed` are fields to drop once flushed, each followed by its text.
+    """
 
     subject: str
     key: str
     epoch: int
     version: int
-    periods: tuple[PeriodRow, ...]
-    hours: tuple[HourRow, ...]
-    closed: tuple[str, ...]
+    periods: list[PeriodRow]
+    hours: list[HourRow]
+    closed: list[str]
 
     @property
     def meters(self) -> frozenset[str]:
@@ -47,38 +51,50 @@ class StateSnapshot:
         return frozenset([row.meter for row in self.periods] + [row.meter for row in self.hours])
 
 
+# int() would also take what no script writes: "+1", "1_0", digits of other scripts.
+_NUMBERS = {n: re.compile(rf"-?[0-9]+(?: -?[0-9]+){{{n - 1}}}").fullmatch for n in (2, 3, 5)}
+
+
+def _numbers(text: str, count: int) -> list[int]:
+    if _NUMBERS[count](text) is None:
+        raise ValueError(f"{text!r} is not {count} whole numbers")
+    return [int(word) for word in text.split(" ")]
+
+
 def read_state(key: str, state: Mapping[str, str]) -> StateSnapshot:
-    """The rows that the hash at `key` stands for.
+    """The rows that the hash at `key` stands for; fields of other kinds are not looked at.
 
     Raises:
         ValueError: the key or a field is not of this layout.
+        KeyError: a field is missing.
     """
     periods: list[PeriodRow] = []
     hours: list[HourRow] = []
     closed: list[str] = []
     for name, text in state.items():
-        if name.startswith(keyspace.METER):
-            meter = name.removeprefix(keyspace.METER)
-            start, end, hour = map(int, state[keyspace.BOUNDS + meter].split(" "))
-            total, overage, hour_total, hour_overage, _ = map(int, text.split(" "))
+        kind = name[:2]
+        if kind == keyspace.METER:
+            meter = name[2:]
+            total, overage, hour_total, hour_overage, _ = _numbers(text, 5)
+            start, end, hour = _numbers(state[keyspace.BOUNDS + meter], 3)
             periods.append(PeriodRow(meter, start, end, total, overage))
             hours.append(HourRow(meter, start, hour, hour_total, hour_overage))
-        elif name.startswith(keyspace.CLOSED_PERIOD):
+        elif kind == "cp" and name.startswith(keyspace.CLOSED_PERIOD):
             meter, start_text = name.removeprefix(keyspace.CLOSED_PERIOD).rsplit(":", 1)
-            end, total, overage = map(int, text.split(" "))
+            end, total, overage = _numbers(text, 3)
             periods.append(PeriodRow(meter, int(start_text), end, total, overage))
-            closed.append(name)
-        elif name.startswith(keyspace.CLOSED_HOUR):
+            closed += (name, text)
+        elif kind == "ch" and name.startswith(keyspace.CLOSED_HOUR):
             meter, start_text, hour_text = name.removeprefix(keyspace.CLOSED_HOUR).rsplit(":", 2)
-            total, overage = map(int, text.split(" "))
+            total, overage = _numbers(text, 2)
             hours.append(HourRow(meter, int(start_text), int(hour_text), total, overage))
-            closed.append(name)
+            closed += (name, text)
     return StateSnapshot(
         keyspace.subject_of(key),
         key,
         int(state[keyspace.EPOCH]),
         int(state[keyspace.VERSION]),
-        tuple(periods),
-        tuple(hours),
-        tuple(closed),
+        periods,
+        hours,
+        closed,
     )

@@ -220,6 +220,14 @@ def _ttl_ms(limits: Iterable[Limit]) -> int:
     return longest
 
 
+def rest_ms(limits: Iterable[Limit]) -> int:
+    """Ms after which rate limits and leases are as if nothing had been counted in them.
+
+    Quotas are left out: theirs is what the ledger knows.
+    """
+    return _ttl_ms(limit for limit in limits if not isinstance(limit, Quota))
+
+
 def _without_anchor(limit: Limit, plan: Plan) -> Limit:
     """A client address has no billing anchor: its billing quotas follow the calendar."""
     if isinstance(limit, Quota) and limit.period is PeriodKind.BILLING:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -45,12 +45,40 @@ class Address:
         self.database = int(database)
 
 
+class _Replies:
+    """Waits for many replies as a future does for one, and gives them to its future together."""
+
+    def __init__(self, future: asyncio.Future[list[Any]], count: int) -> None:
+        self.future = future
+        self._count = count
+        self._replies: list[Any] = []
+        self._error: RedisReplyError | None = None
+
+    def done(self) -> bool:
+        return False  # replies are counted also when nobody waits any more
+
+    def set_result(self, reply: Any) -> None:
+        self._replies.append(reply)
+        if len(self._replies) == self._count and not self.future.done():
+            if self._error is None:
+                self.future.set_result(self._replies)
+            else:
+                self.future.set_exception(self._error)
+
+    def set_exception(self, error: RedisReplyError | StoreUnavailableError) -> None:
+        if isinstance(error, RedisReplyError):
+            self._error = self._error or error
+            self.set_result(None)
+        elif not self.future.done():
+            self.future.set_exception(error)
+
+
 class Connection(asyncio.Protocol):
     """A connected, authenticated connection. Make one with `Connection.open`."""
 
     def __init__(self) -> None:
         self._reader: Any = hiredis.Reader(notEnoughData=_INCOMPLETE)
-        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._waiting: deque[asyncio.Future[Any] | _Replies] = deque()
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self.closed = False
@@ -98,6 +126,17 @@ class Connection(asyncio.Protocol):
         self._waiting.append(future)
         self._transport.write(_pack(args))
         return future
+
+    def execute_many(self, commands: Sequence[tuple[Arg, ...]]) -> asyncio.Future[list[Any]]:
+        """Sends commands, one at least. The future gives all replies in order, or raises as
+        `execute`: of several errors the first, once every reply is there."""
+        replies = _Replies(self._loop.create_future(), len(commands))
+        if self.closed or self._transport is None:
+            replies.future.set_exception(StoreUnavailableError("Redis: connection is closed"))
+            return replies.future
+        self._waiting.extend([replies] * len(commands))
+        self._transport.write(b"".join(map(_pack, commands)))
+        return replies.future
 
     def close(self, reason: str = "connection closed") -> None:
         """Drops the connection at once; whoever waits is told `reason`."""

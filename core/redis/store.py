@@ -6,7 +6,7 @@ subjects. Pipelines are not transactions: each script call is atomic by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from redis.exceptions import NoPermissionError, NoScriptError, RedisError
 
 from core.errors import StoreUnavailableError
 from core.redis import client as redis_client
+from core.redis.bulk import BulkReader, is_one_server
 from core.redis.scripts import Script
 
 Argument = str | int
@@ -27,23 +28,32 @@ class Store:
     """
 
     def __init__(
-        self, client: redis_client.Client, on_error: Callable[[str], None] | None = None
+        self,
+        client: redis_client.Client,
+        on_error: Callable[[str], None] | None = None,
+        bulk: BulkReader | None = None,
     ) -> None:
         # redis-py types every reply as a union over all of its options: Any is what it is worth.
         self._client: Any = client
         self._on_error = on_error
+        self._bulk = bulk
 
     @classmethod
     def connect(
         cls, url: str, timeout_s: float, on_error: Callable[[str], None] | None = None
     ) -> Store:
         """A store on a URL as `core.redis.client.connect` takes it; connects when first used."""
-        return cls(redis_client.connect(url, timeout_s), on_error)
+        bulk = BulkReader(url, timeout_s) if is_one_server(url) else None
+        return cls(redis_client.connect(url, timeout_s), on_error, bulk)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
         try:
             yield
+        except StoreUnavailableError:  # from the bulk reader, which says it as we do
+            if self._on_error is not None:
+                self._on_error("error")
+            raise
         except (RedisError, OSError, TimeoutError) as error:
             kind = "timeout" if isinstance(error, TimeoutError) else "error"
             if self._on_error is not None:
@@ -88,11 +98,14 @@ class Store:
     async def hgetall_many(self, keys: Sequence[str]) -> list[dict[str, str]]:
         """The hashes at `keys`, in order; an empty one where there is none. Each is atomic."""
         with self._translated():
+            if self._bulk is not None:
+                rows = await self._bulk.run("HGETALL", keys)
+                return [_decoded(zip(row[::2], row[1::2], strict=True)) for row in rows]
             pipeline = self._client.pipeline(transaction=False)
             for key in keys:
                 pipeline.hgetall(key)
             found: list[Mapping[bytes, bytes]] = await pipeline.execute()
-        return [{name.decode(): text.decode() for name, text in row.items()} for row in found]
+        return [_decoded(row.items()) for row in found]
 
     async def oldest(self, key: str, count: int, skip: int = 0) -> list[tuple[str, float]]:
         """The first members of a sorted set, but for the first `skip`, with their scores."""
@@ -173,4 +186,10 @@ class Store:
         await redis_client.ping(self._client)
 
     async def close(self) -> None:
+        if self._bulk is not None:
+            self._bulk.close()
         await self._client.aclose()
+
+
+def _decoded(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    return {name.decode(): text.decode() for name, text in pairs}

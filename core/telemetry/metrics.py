@@ -180,6 +180,13 @@ class Metrics:
         )
         self.flush_subjects = _counter("flush_subjects_total", "Subjects copied into the ledger.")
         self.flush_seconds = _histogram("flush_seconds", "Time of one flush.", _STORE_S)
+        self.states_lost = _counter(
+            "states_lost_total",
+            "Subjects with changes not in the ledger yet whose state was gone from Redis.",
+        )
+        self.subjects_evicted = _counter(
+            "subjects_evicted_total", "Idle subjects taken out of Redis; the ledger has them."
+        )
 
         self._config_digest: str | None = None
 

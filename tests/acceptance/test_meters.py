@@ -19,6 +19,7 @@ from core.period import add_months
 from core.policy import Meter
 from tests.acceptance.catalogue import plan
 from tests.support import free_port, run_module, wait_until
+from tests.support.ledger import packed
 from tests.support.stack import Stack, Subscriber
 
 CONFIG = """
@@ -71,9 +72,10 @@ def put(stack: Stack, who: Subscriber, start: datetime, end: datetime, total: in
     """Puts a period with one hour at its beginning into the ledger, as an earlier flush did."""
     hour = start.replace(minute=0, second=0, microsecond=0)
     amount: tuple[Any, ...] = ([Decimal(total)], [Decimal(0)], [1], [1])
-    stack._rows("accept_states", [who.id], [1], [1])
-    stack._rows("store_periods", [who.id], ["requests"], [start], [end], *amount)
-    stack._rows("store_hours", [who.id], ["requests"], [start], [hour], *amount)
+    stack._rows("accept_states", [who.id], "1", "1")
+    row = [who.id], ["requests"], [start]
+    stack._rows("store_periods", *packed(*row, [end], *amount))
+    stack._rows("store_hours", *packed(*row, [hour], *amount))
 
 
 def test_wiped_while_the_ledger_is_ahead_of_the_clock(own_stack: Callable[..., Stack]) -> None:

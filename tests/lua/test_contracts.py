@@ -66,7 +66,7 @@ def test_a_script_opens_with_its_contract_and_builds_no_key(name: str) -> None:
     assert "tg1" not in code
     for key in re.findall(r"call\('[A-Z]+', ([^,)]+)", code):
         assert re.fullmatch(
-            r"(KEYS\[[^]]+\]?.*|(s\.|o\.)?key|dirty_key|events_key|event_key)", key
+            r"(KEYS\[[^]]+\]?.*|(s\.|o\.)?key|dirty_key|idle_key|events_key|event_key)", key
         ), key
     assert "os." not in code
     assert "math.random" not in code
@@ -111,17 +111,32 @@ def test_scripts_touch_only_the_keys_they_are_given(any_redis_url: str) -> None:
         slots = keyspace.leases("s", "slots")
         release, acknowledge = scripts.scripts["release"], scripts.scripts["acknowledge"]
         scripts.redis.evalsha(release.sha, 2, slots, slots, "lease", 1_000, "lease", 0)
+        scripts.redis.evalsha(release.sha, 1, slots, "held", 0)
         scripts.redis.evalsha(
-            acknowledge.sha, 2, keyspace.dirty(0), key, 1, 1, 6, 2, "ch:a:1:2", "cp:a:1"
+            acknowledge.sha,
+            3,
+            *(keyspace.dirty(0), keyspace.idle(0), key),
+            *(1, 1, scripts.state("s")["ver"], 4, "ch:a:1:2", "0 0", "cp:a:1", "2 0 0"),
+        )
+        listed = {str(found) for found in scripts.redis.keys("*")}
+        evict = scripts.scripts["evict"]
+        scripts.redis.evalsha(
+            evict.sha, 4, keyspace.dirty(0), keyspace.idle(0), key, slots, 2**42, 1
         )
     finally:
         scripts.redis.echo("end-of-test")
         thread.join(10)
     given = {key, slots, keyspace.dirty(0), keyspace.events(0), keyspace.sender(0, "test")}
     given |= {keyspace.due(0), keyspace.sender(0, "spool"), event, keyspace.ingested(0)}
+    given.add(keyspace.idle(0))
     touched = {command.split(" ")[1] for command in seen if command.upper() != "TIME"}
     assert touched == given
-    assert set(scripts.redis.keys("*")) <= given
+    assert listed <= given
+    kept = {keyspace.events(0), keyspace.ingested(0), event}
+    assert set(scripts.redis.keys("*")) == kept | {
+        keyspace.sender(0, "test"),
+        keyspace.sender(0, "spool"),
+    }
 
 
 def test_the_reply_of_a_mixed_batch(scripts: Scripts) -> None:

@@ -285,7 +285,7 @@ async def go(walk: Walk, steps: list[tuple[object, ...]]) -> None:
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=70, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(steps=st.lists(moves, min_size=1, max_size=25))
 @example(  # a refund while the closed hour it changes is on its way into the ledger

@@ -19,9 +19,10 @@ def test_all_keys_of_a_subject_share_one_hash_tag(subject: str, shards: int) -> 
         keyspace.state(subject),
         keyspace.leases(subject, "slots"),
         keyspace.dirty(shard),
+        keyspace.idle(shard),
         keyspace.events(shard),
     ]
-    assert len(set(keys)) == 4
+    assert len(set(keys)) == 5
     # what Redis Cluster hashes: between the first { and the first } after it
     assert {key[key.index("{") + 1 : key.index("}")] for key in keys} == {str(shard)}
     assert all(key.startswith(f"{PREFIX}:") for key in keys)

@@ -22,6 +22,7 @@ from core.period import HOUR_MS, billing_period
 from core.policy import PeriodKind, Quota
 from reconciler.flush import Flusher
 from tests.integration.admission.stack import METERS, Stack, admitted, stack
+from tests.support.ledger import packed
 from tests.support.processes import ROOT
 from tests.support.scripts import Scripts, plan_of
 
@@ -38,9 +39,10 @@ async def used(s: Stack, subject: str, total: int) -> None:
     start, end = map(to_datetime, billing_period(0, 1, now_ms))
     hour = to_datetime(now_ms - now_ms % HOUR_MS)
     amount = [Decimal(total)], [Decimal(0)], [1], [total]
-    await s.database.fetch("accept_states", [subject], [1], [total])
-    await s.database.execute("store_periods", [subject], ["requests"], [start], [end], *amount)
-    await s.database.execute("store_hours", [subject], ["requests"], [start], [hour], *amount)
+    await s.database.fetch("accept_states", [subject], "1", str(total))
+    row = [subject], ["requests"], [start]
+    await s.database.execute("store_periods", *packed(*row, [end], *amount))
+    await s.database.execute("store_hours", *packed(*row, [hour], *amount))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from core.policy import (
 from reconciler.events import EventStore
 from reconciler.flush import Flusher
 from tests.integration.admission.stack import METERS, Stack, stack
+from tests.support.ledger import packed
 from tests.support.scripts import RUN, Outcome, Scripts, plan_of
 
 ANCHOR_MS = from_datetime(datetime(2026, 3, 10, 6, 30, tzinfo=UTC))
@@ -309,12 +310,11 @@ def test_all_aggregations_in_one_statement(database: str) -> None:
         totals = [3, 9, 4, 0]
         for meter in ("requests", "peak", "seats"):
             amount = [Decimal(10)], [Decimal(0)], [1], [1]
-            await pool.execute("store_periods", ["s"], [meter], [start], [end], *amount)
+            row = ["s"], [meter], [start]
+            await pool.execute("store_periods", *packed(*row, [end], *amount))
             for hour, total in zip(hours, totals, strict=True):
                 amount = [Decimal(total)], [Decimal(0)], [1], [1]
-                await pool.execute(
-                    "store_hours", ["s"], [meter], [start], [to_datetime(hour)], *amount
-                )
+                await pool.execute("store_hours", *packed(*row, [to_datetime(hour)], *amount))
         kinds = dict.fromkeys(("requests", "peak", "seats"), (PeriodKind.DAY, PeriodKind.YEAR))
         wanted = {"s": Wanted((), {}), "nobody": Wanted((), {})}
         found = await read_ledgers(

@@ -19,6 +19,7 @@ from core.policy import Action, FixedWindow, PeriodKind, Plan, Quota, SlidingWin
 from reconciler.events import EventStore
 from reconciler.flush import Flusher
 from tests.integration.admission.stack import METERS, Stack, stack
+from tests.support.ledger import packed
 from tests.support.scripts import RUN, Scripts, plan_of
 
 # A Wednesday, so that day, week and month differ, and not in the first months of the year.
@@ -300,7 +301,7 @@ def test_a_flush_that_comes_after_the_wipe_is_refused(
         result = FlushResult()
         assert await flusher._commit(late, result) == []
         assert result.overtaken == ["s"]
-        await flusher._pass_epochs_on(late)
+        await flusher._pass_epochs_on(late, FlushResult())
         assert remaining(scripts, s, quota, requests=1) == {"monthly": 94}
         await flusher.flush_all()
         rows = await s.database.fetch("ledger_of_subject", "s", 10)
@@ -351,8 +352,9 @@ def test_one_subject_that_cannot_be_rebuilt_does_not_fail_the_others(
     quota = plan_of(Quota("monthly", "requests", 10, PeriodKind.BILLING))
 
     async def check(s: Stack) -> None:
-        row = [["bad"], ["requests"], *([to_datetime(at)] for at in SPAN)]
-        await s.database.execute("store_periods", *row, [Decimal("1.5")], [Decimal(0)], [1], [1])
+        row = ["bad"], ["requests"], *([to_datetime(at)] for at in SPAN)
+        amount = [Decimal("1.5")], [Decimal(0)], [1], [1]
+        await s.database.execute("store_periods", *packed(*row, *amount))
         names = ["a", "bad", "b", "c"]
         found = await asyncio.gather(
             *(seed(s, quota, name) for name in names), return_exceptions=True

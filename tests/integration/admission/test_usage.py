@@ -28,6 +28,7 @@ from core.usage_limits import LimitStatus, percentage, status_of
 from reconciler.events import EventStore
 from reconciler.flush import Flusher
 from tests.support import free_port
+from tests.support.ledger import packed
 from tests.support.processes import ROOT
 from tests.support.scripts import Scripts
 
@@ -187,8 +188,10 @@ def test_ledger_and_live_together(valkey: str, database: str, config: Path) -> N
         earlier = clock.to_datetime(w.now_ms - w.now_ms % HOUR_MS - 5 * HOUR_MS)
         await w.database.execute(
             "store_hours",
-            [w.subscription.id], ["requests"], [clock.to_datetime(w.span[0])], [earlier],
-            [Decimal(4)], [Decimal(0)], [1], [1],
+            *packed(
+                [w.subscription.id], ["requests"], [clock.to_datetime(w.span[0])], [earlier],
+                [Decimal(4)], [Decimal(0)], [1], [1],
+            ),
         )  # fmt: skip
         w.spend(1)
         usage = await w.usage(hours_from=w.now_ms - 6 * HOUR_MS, hours_to=w.now_ms + HOUR_MS)

@@ -23,6 +23,7 @@ from core.errors import StoreUnavailableError
 from core.period import DAY_MS, HOUR_MS, billing_period
 from core.policy import Action, PeriodKind, Quota
 from reconciler.flush import FlushResult
+from reconciler.rows import columns
 from tests.integration.reconciler.parts import METERS, Parts, parts
 from tests.support import free_port
 from tests.support.scripts import Scripts, plan_of
@@ -225,14 +226,13 @@ def test_postgres_lost_inside_the_transaction(
 ) -> None:
     async def check(p: Parts) -> None:
         spend(scripts, "s", 3)
-        columns = p.flusher._columns
 
-        def cut_then(snapshots: Any) -> Any:  # after accept_states, before store_periods
+        def cut_then(*given: Any) -> Any:  # after accept_states, before store_periods
             _cut_sessions(database)
-            return columns(snapshots)
+            return columns(*given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(p.flusher, "_columns", cut_then)
+            patch.setattr("reconciler.flush.columns", cut_then)
             with pytest.raises(StoreUnavailableError):
                 await p.flusher.flush_all()
         assert await p.database.fetch("read_epochs", ["s"]) == []  # rolled back as a whole

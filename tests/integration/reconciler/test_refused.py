@@ -7,13 +7,15 @@ from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from typing import Any
 
+import asyncpg
 import pytest
 
 from core.admission.program import compile_program
+from core.keyspace import Keyspace
 from core.period import HOUR_MS
 from core.policy import Aggregation, Meter
 from core.redis.scripts import load
-from reconciler.flush import FlushResult
+from reconciler.flush import Flusher, FlushResult
 from tests.integration.reconciler.parts import Parts, parts
 from tests.integration.reconciler.test_flush import SPAN, START_MS, spend
 from tests.support.scripts import Scripts, plan_of
@@ -30,6 +32,10 @@ EVENT = {
     "end": "9000",
     "at": "5000",
 }
+
+
+def flusher_of(p: Parts, **options: Any) -> Flusher:
+    return Flusher(p.store, p.database, p.keyspace, p.registry, **options)
 
 
 @pytest.fixture
@@ -134,6 +140,57 @@ def test_an_overtaken_state_below_the_ledger_is_not_let_in(
     run(valkey, database, check)
 
 
+def test_a_state_seeded_from_an_older_reading_is_behind(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    """One process read the ledger; another seeded, counted and left; then the first one seeded."""
+
+    async def check(p: Parts) -> None:
+        for epoch, version in ((1, 0), (3, 2)):
+            scripts.seed("s", epoch=epoch, version=version)
+            spend(scripts, "s", 2)
+            await p.flusher.flush_all()
+            scripts.redis.delete(p.keyspace.state("s"))
+        stored = await p.ledger("s")
+        scripts.seed("s", epoch=2, version=2)
+        spend(scripts, "s", 9)  # versions and totals are above the ledger's: they do not tell
+        result = await p.flusher.flush_all()
+        assert (result.overtaken, result.behind, result.stored) == (["s"], ["s"], 0)
+        assert scripts.state("s")["epoch"] == "2"
+        assert (await p.flusher.flush_all()).behind == ["s"]
+        assert await p.ledger("s") == stored
+
+    run(valkey, database, check)
+
+
+def test_an_unchanged_meter_is_not_written_again(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
+    """And so a sealed period stays sealed, until it does change."""
+
+    async def sealed(p: Parts) -> dict[str, bool]:
+        connection = await asyncpg.connect(database)
+        rows = await connection.fetch("SELECT meter, sealed_at, version FROM ledger_periods")
+        await connection.execute("UPDATE ledger_periods SET sealed_at = now()")
+        await connection.close()
+        return {row["meter"]: row["sealed_at"] is not None for row in rows}
+
+    async def check(p: Parts) -> None:
+        spend(scripts, "s", credits=5)
+        await p.flusher.flush_all()
+        assert await sealed(p) == {"requests": False, "credits": False}
+        spend(scripts, "s")
+        await p.flusher.flush_all()
+        assert await sealed(p) == {"requests": False, "credits": True}
+        assert await p.version("s") == (1, 2)
+        scripts.redis.hset(p.keyspace.state("s"), "epoch", 2)
+        scripts.redis.zadd(p.keyspace.dirty(0), {p.keyspace.state("s"): START_MS})
+        await p.flusher.flush_all()
+        assert await sealed(p) == {"requests": True, "credits": True}
+
+    run(valkey, database, check)
+
+
 def test_an_epoch_is_not_passed_to_a_state_that_is_gone(
     scripts: Scripts, valkey: str, database: str
 ) -> None:
@@ -146,7 +203,7 @@ def test_an_epoch_is_not_passed_to_a_state_that_is_gone(
         snapshots = await p.flusher._read([p.keyspace.state("s")], FlushResult())
         await p.database.fetch("claim_epochs", ["s"])
         scripts.redis.delete(p.keyspace.state("s"))
-        await p.flusher._pass_epochs_on(snapshots)
+        await p.flusher._pass_epochs_on(snapshots, FlushResult())
         assert scripts.state("s") == {}
 
     run(valkey, database, check)
@@ -177,36 +234,111 @@ def test_a_state_behind_the_ledger_is_never_acknowledged(
     run(valkey, database, check)
 
 
-def test_a_state_that_counted_on_from_an_older_copy_is_not_taken(
+def refund(scripts: Scripts, subject: str, **units: int) -> None:
+    """What a refund leaves behind: lower totals, also of the hour, at a higher version."""
+    key = Keyspace().state(subject)
+    state = scripts.state(subject)
+    for meter, cost in units.items():
+        total, over, hour, hour_over, count = map(int, state[f"m:{meter}"].split())
+        text = f"{total - cost} {over} {hour - cost} {hour_over} {count + 1}"
+        scripts.redis.hset(key, f"m:{meter}", text)
+    scripts.redis.hincrby(key, "ver", 1)
+    scripts.redis.zadd(Keyspace().dirty(0), {key: scripts.now_ms}, nx=True)
+
+
+def test_a_total_falls_at_a_higher_version(scripts: Scripts, valkey: str, database: str) -> None:
+    async def check(p: Parts) -> None:
+        spend(scripts, "s", 3, credits=100)
+        await p.flusher.flush_all()
+        refund(scripts, "s", requests=1, credits=250)
+        assert (await p.flusher.flush_all()).clean == 1
+        ledger = await p.ledger("s")
+        assert ledger == await p.live("s")
+        assert ledger["credits", SPAN[0]] == (Decimal("0.50"), 0)
+        assert await p.version("s") == (1, 4)
+
+    run(valkey, database, check)
+
+
+def test_totals_below_zero(scripts: Scripts, valkey: str, database: str) -> None:
+    """A refund that lands in the hour, or the period, after that of what it takes back."""
+
+    async def check(p: Parts) -> None:
+        spend(scripts, "s", 1, credits=700)
+        await p.flusher.flush_all()
+        refund(scripts, "s", credits=951)
+        key, hour = p.keyspace.state("s"), START_MS - START_MS % HOUR_MS
+        closed = {f"ch:requests:{SPAN[0]}:{hour - HOUR_MS}": "-3 -1"}
+        before = f"cp:requests:{SPAN[0] - 1000}"
+        scripts.redis.hset(key, mapping=closed | {before: f"{SPAN[0]} -7 0"})
+        assert (await p.flusher.flush_all()).clean == 1
+        ledger = await p.ledger("s")
+        assert ledger["credits", SPAN[0]] == ledger["credits", SPAN[0], hour]
+        assert ledger["credits", SPAN[0]] == (Decimal("-2.51"), 0)
+        assert ledger["requests", SPAN[0], hour - HOUR_MS] == (-3, -1)
+        assert ledger["requests", SPAN[0] - 1000] == (-7, 0)
+        assert [field for field in scripts.state("s") if field[0] == "c"] == []
+
+    run(valkey, database, check)
+
+
+def test_a_lower_version_never_replaces_a_higher_one(
     scripts: Scripts, valkey: str, database: str
 ) -> None:
-    """Its version has passed the ledger's, its totals have not: they would fall."""
+    """Whatever its totals say: higher ones at a lower version do not count either."""
 
+    async def check(p: Parts) -> None:
+        spend(scripts, "s", 2)
+        old = await p.flusher._read([p.keyspace.state("s")], FlushResult())
+        refund(scripts, "s", requests=1)
+        await p.flusher.flush_all()
+        assert await p.flusher._commit(old, FlushResult()) == []
+        assert (await p.ledger("s"))["requests", SPAN[0]] == (1, 0)
+
+    run(valkey, database, check)
+
+
+def test_a_state_behind_the_ledger_is_given_to_repair(
+    scripts: Scripts, valkey: str, database: str
+) -> None:
     async def check(p: Parts) -> None:
         await p.registry.pin(p.database)
         key = p.keyspace.state("s")
-        for number in range(5):
-            spend(scripts, f"s{number}")
-        spend(scripts, "s", 1, credits=900)
+        for name in ("s", "t"):
+            spend(scripts, name, 3)
         old = scripts.state("s")
-        spend(scripts, "s", 3, credits=900)
+        spend(scripts, "s", 4)
         await p.flusher.flush_all()
-        stored = await p.ledger("s"), await p.version("s")
-        assert stored[0]["credits", SPAN[0]] == (Decimal(36), 0)
+        asked: list[list[str]] = []
+
+        async def fails(subjects: list[str]) -> None:
+            asked.append(subjects)
+            raise ValueError("a bug")
+
+        async def rebuild(subjects: list[str]) -> None:
+            asked.append(subjects)
+            await p.database.fetch("claim_epochs", subjects)
+            scripts.redis.delete(key)
+            fields = {name: old[name] for name in old if name not in ("ver", "epoch")}
+            fields["m:requests"] = "7 2 7 2 7"
+            scripts.seed("s", fields, epoch=2, version=7)
+
         scripts.redis.delete(key)
         scripts.redis.hset(key, mapping=old)
-        for number in range(5):
-            spend(scripts, f"s{number}")
-        spend(scripts, "s", 8, credits=1)
-        for _ in range(2):
-            result = await p.flusher.flush_all()
-            assert (result.behind, result.unreadable) == (["s"], [])
-            assert (await p.ledger("s"), await p.version("s")) == stored
-            assert scripts.redis.zrange(p.keyspace.dirty(0), 0, -1) == [key]
-        assert all([(await p.ledger(f"s{n}"))["requests", SPAN[0]][0] == 2 for n in range(5)])
-        # what the log says mends it
-        scripts.redis.delete(key)
-        assert (await p.flusher.flush_all()).clean == 1
+        scripts.redis.zadd(p.keyspace.dirty(0), {key: START_MS})
+        spend(scripts, "t")
+        flusher = flusher_of(p, repair=fails)
+        result = await flusher.flush_all()
+        assert (result.behind, result.repaired, result.clean) == (["s"], 0, 1)
+        flusher = flusher_of(p, repair=rebuild)
+        result = await flusher.flush_all()
+        assert (result.behind, result.repaired) == (["s"], 1)
+        assert (await flusher.lag())[0] == 1  # listed until what was rebuilt is in the ledger
+        result = await flusher.flush_all()
+        assert (result.behind, result.clean) == ([], 1)
+        assert asked == [["s"], ["s"]]
+        assert await p.ledger("s") == await p.live("s")
+        assert await p.version("s") == (2, 7)
 
     run(valkey, database, check)
 
@@ -334,14 +466,25 @@ def test_an_acknowledgement_of_very_many_fields_goes_in_pieces(
     run(valkey, database, check)
 
 
-def test_a_wiped_subject_is_unlisted(scripts: Scripts, valkey: str, database: str) -> None:
+def test_a_subject_whose_state_is_gone_is_reported_then_unlisted(
+    scripts: Scripts, valkey: str, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def check(p: Parts) -> None:
-        spend(scripts, "s")
-        spend(scripts, "t")
-        scripts.redis.delete(p.keyspace.state("s"))
-        result = await p.flusher.flush_all()
-        assert (result.stored, result.clean, result.unreadable) == (1, 2, [])
-        assert await p.flusher.lag() == (0, 0)
+        counted: list[int] = []
+        flusher = flusher_of(p, on_lost=counted.append)
+        for name in ("s", "t", "u"):
+            spend(scripts, name)
+        scripts.redis.delete(p.keyspace.state("s"), p.keyspace.state("u"))
+        with monkeypatch.context() as patch:  # and a crash in between reports it again
+            patch.setattr(flusher, "_confirm", None)
+            with pytest.raises(TypeError):
+                await flusher.flush_all()
+        assert (counted, (await flusher.lag())[0]) == ([2], 3)
+        result = await flusher.flush_all()
+        assert sorted(result.lost) == [p.keyspace.state("s"), p.keyspace.state("u")]
+        assert (result.stored, result.clean, result.unreadable, counted) == (1, 3, [], [2, 2])
+        assert await flusher.lag() == (0, 0)
+        assert scripts.redis.zrange(p.keyspace.idle(0), 0, -1) == [p.keyspace.state("t")]
 
     run(valkey, database, check)
 

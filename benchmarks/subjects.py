@@ -1,0 +1,148 @@
+"""Subjects as admission leaves them, written to the stores faster than by admitting requests.
+
+Every subject has four limits (GCRA, fixed window, billing quota, daily quota) on two meters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from urllib.parse import urlsplit
+
+import asyncpg
+import hiredis
+
+from core import clock
+from core.keyspace import Keyspace
+from core.period import DAY_MS, HOUR_MS
+from core.policy import Meter
+
+METERS = {"requests": Meter("requests"), "credits": Meter("credits", decimals=2)}
+FIRST_MS = 1_767_225_600_000  # 2026-01-01: the start of every period
+END_MS = FIRST_MS + 31 * DAY_MS
+NOW_MS = FIRST_MS + 14 * DAY_MS + 7 * HOUR_MS + 12_345
+_HOUR_MS = NOW_MS - NOW_MS % HOUR_MS
+_RUN = "f3a1c09be5d74a52b86e1d7f0c2394a8b6d5e7f1"
+_CHUNK = 2_000
+
+
+def names(count: int) -> list[str]:
+    """Ids as long as real ones: sub_ and 26 characters."""
+    return [f"sub_{number:026d}" for number in range(count)]
+
+
+def _meters(version: int) -> dict[str, str]:
+    """The fields that each admitted request changes and the ledger is told of."""
+    return {
+        "ver": str(version),
+        "m:requests": f"{version} 0 {version} 0 {version}",
+        "m:credits": f"{version * 25} 0 {version * 25} 0 {version}",
+    }
+
+
+def state(version: int) -> dict[str, str]:
+    """All fields of a subject after `version` requests."""
+    bounds = f"{FIRST_MS} {END_MS} {_HOUR_MS}"
+    return _meters(version) | {
+        "epoch": "1",
+        "run": _RUN,
+        "p:requests": bounds,
+        "p:credits": bounds,
+        "r:per_second": f"{NOW_MS * 1000 + 77} 1000000 1000000",
+        "w:per_day": f"{NOW_MS - NOW_MS % DAY_MS} {version}",
+        "q:credits:day": f"{NOW_MS - NOW_MS % DAY_MS} {version * 25} {version}",
+        "t:monthly": f"{FIRST_MS} 80 1000000",
+    }
+
+
+class Pipe:
+    """A blocking connection that sends packed commands in bulk and checks that none failed."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._socket = socket.create_connection((parts.hostname or "", parts.port or 6379))
+        self._reader = hiredis.Reader()
+        if parts.password:
+            self.send([("AUTH", parts.password)])
+
+    def send(self, commands: Iterable[tuple[object, ...]]) -> list[object]:
+        """Runs all commands; their replies."""
+        replies: list[object] = []
+        stream = iter(commands)
+        while chunk := list(islice(stream, _CHUNK)):
+            self._socket.sendall(b"".join(hiredis.pack_command(c) for c in chunk))
+            wanted = len(replies) + len(chunk)
+            while len(replies) < wanted:
+                reply = self._reader.gets()
+                if reply is False:
+                    self._reader.feed(self._socket.recv(1 << 20))
+                    continue
+                if isinstance(reply, Exception):
+                    raise reply
+                replies.append(reply)
+        return replies
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _flat(fields: dict[str, str]) -> list[str]:
+    return [word for pair in fields.items() for word in pair]
+
+
+def write_states(pipe: Pipe, subjects: Iterable[str], version: int) -> None:
+    """Whole states, not listed as changed."""
+    key, fields = Keyspace().state, _flat(state(version))
+    pipe.send(("HSET", key(subject), *fields) for subject in subjects)
+
+
+def change(pipe: Pipe, subjects: list[str], version: int) -> None:
+    """What one admitted request each leaves behind."""
+    keyspace, fields, now_ms = Keyspace(), _flat(_meters(version)), clock.now_ms()
+    dirty = keyspace.dirty(0)
+
+    def commands() -> Iterator[tuple[object, ...]]:
+        for at in range(0, len(subjects), 100):
+            keys = [keyspace.state(subject) for subject in subjects[at : at + 100]]
+            for key in keys:
+                yield ("HSET", key, *fields)
+            yield ("ZADD", dirty, "NX", *(word for key in keys for word in (now_ms, key)))
+
+    pipe.send(commands())
+
+
+async def write_ledger(url: str, subjects: list[str], version: int) -> None:
+    """The same in Postgres, by COPY."""
+    first, end = clock.to_datetime(FIRST_MS), clock.to_datetime(END_MS)
+    hour = clock.to_datetime(_HOUR_MS)
+    totals = [("requests", METERS["requests"].from_units(version))]
+    totals.append(("credits", METERS["credits"].from_units(version * 25)))
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute("SELECT tallygate_add_hours_partition($1)", hour)
+        copies = (
+            ("ledger_subjects", "subject epoch version",
+             ((s, 1, version) for s in subjects)),
+            ("ledger_periods", "subject meter period_start period_end total epoch version",
+             ((s, m, first, end, total, 1, version) for s in subjects for m, total in totals)),
+            ("ledger_hours", "subject meter period_start hour_start total overage epoch version",
+             ((s, m, first, hour, total, 0, 1, version) for s in subjects for m, total in totals)),
+        )  # fmt: skip
+        for table, columns, rows in copies:
+            await connection.copy_records_to_table(table, records=rows, columns=columns.split())
+        await connection.execute("VACUUM ANALYZE")
+        await connection.execute("CHECKPOINT")
+    finally:
+        await connection.close()
+
+
+def load(redis_url: str, postgres_url: str, count: int, version: int = 1) -> list[str]:
+    """`count` subjects in both stores, clean; their names."""
+    subjects = names(count)
+    pipe = Pipe(redis_url)
+    write_states(pipe, subjects, version)
+    pipe.close()
+    asyncio.run(write_ledger(postgres_url, subjects, version))
+    return subjects
