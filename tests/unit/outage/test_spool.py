@@ -348,6 +348,32 @@ def test_appends_go_on_in_a_new_file_while_one_is_replayed(tmp_path: Path) -> No
     run(main)
 
 
+def test_a_replay_beside_appends_gives_each_record_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        spool = Disk().spool(tmp_path)
+        appended: list[bytes] = []
+        found: list[tuple[str, int, bytes]] = []
+
+        async def append(writer: int) -> None:
+            for at in range(60):
+                payload = b"%d-%d" % (writer, at)
+                await spool.append(payload)
+                appended.append(payload)
+
+        async def replay() -> None:
+            while len(found) < 8 * 60:
+                found.extend(await drain(spool, 16))
+                await asyncio.sleep(0)
+
+        await asyncio.wait_for(asyncio.gather(replay(), *map(append, range(8))), 120)
+        assert sorted(payload for _, _, payload in found) == sorted(appended)
+        assert len({(spool_id, sequence) for spool_id, sequence, _ in found}) == len(found)
+        assert list(tmp_path.iterdir()) == []
+        await spool.close()
+
+    run(main)
+
+
 def test_adoption_keeps_to_the_bound_and_goes_on_after_the_replay(tmp_path: Path) -> None:
     async def main() -> None:
         for _ in range(4):
