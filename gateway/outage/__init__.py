@@ -1,7 +1,9 @@
 """What a worker does while Redis does not answer.
 
-  segment.py  one file of the spool: format, recovery after a crash, what is already replayed
-  spool.py    a worker's spool: durable appends, its size, disk trouble, batches for the replay
+  spool.py    a worker's spool: appends, its bound, disk trouble, batches for the replay
+  commit.py   group commit: records that wait to be on disk share an fsync
+  files.py    the spool directory: files made, locked, and adopted when their process has died
+  segment.py  the records of one file: format, recovery, what is replayed already
   local.py    `outage: local`: the share of each limit that this process gives out by itself
   memory.py   what stands in for a spool where there is no directory for one
   entries.py  what is written down, and what it means to Redis

@@ -29,6 +29,7 @@ NEW = ".new"  # not complete, perhaps not locked yet: holds nothing that anybody
 
 MAGIC = b"TGSPOOL\0"
 VERSION = 1
+_TRIES = 3
 _HEADER = struct.Struct("<8sH26s8s")  # magic, version, id, key
 _CRC = struct.Struct("<I")
 
@@ -41,6 +42,14 @@ def create(directory: Path, at_ms: int, report: Report = ignore) -> Segment:
     Raises:
         OSError: it could not be made; nothing is left of it.
     """
+    for _ in range(_TRIES - 1):
+        # An adopter may take it for a leftover before it is locked.
+        with suppress(BlockingIOError, FileNotFoundError):
+            return _create(directory, at_ms, report)
+    return _create(directory, at_ms, report)
+
+
+def _create(directory: Path, at_ms: int, report: Report) -> Segment:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     identity, key = ids.ulid(at_ms), os.urandom(8)
     new, path = directory / (identity + NEW), directory / (identity + SUFFIX)
@@ -51,7 +60,7 @@ def create(directory: Path, at_ms: int, report: Report = ignore) -> Segment:
         block = header + _CRC.pack(zlib.crc32(header))
         # written in full: the slots must have their space when the disk has none left
         write_all(fd, block.ljust(DATA_START, b"\0"), 0)
-        new.rename(path)  # fails if it was taken for a leftover before it was locked
+        new.rename(path)
     except BaseException:
         with suppress(OSError):
             new.unlink()

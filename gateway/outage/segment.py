@@ -180,12 +180,14 @@ class Segment:
             self.oldest_ms = 0
 
     def sync(self, fsync: Fsync) -> None:
-        """Returns when everything written is on disk.
+        """Returns when everything written is on disk, and its name too.
 
         Raises:
             OSError: what was written since the last success may or may not be.
         """
         fsync(self.fd)
+        if os.fstat(self.fd).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, "the file was removed", str(self.path))
         if self.fresh:
             sync_directory(self.path.parent)
             sync_directory(self.path.parent.parent)  # it may be as new
@@ -229,7 +231,7 @@ class Segment:
         slot = _SLOT.pack(sequence, offset)
         crc = _CRC.pack(zlib.crc32(slot, self._crc))
         write_all(self.fd, slot + crc, PAGE * (1 + self._slot))
-        self.sync(fsync)
+        fsync(self.fd)
         self._slot = 1 - self._slot
         self.done, self._done_offset = sequence, offset
         self.pending -= passed
@@ -238,14 +240,15 @@ class Segment:
 
     def remove(self) -> None:
         """Frees the space of a file whose records are all replayed, or can never be."""
-        if self.damaged:
-            self.path.rename(self.path.with_suffix(DAMAGED))
-            self._report("damaged", 1)
-        else:
-            self.path.unlink(missing_ok=True)
-        directory = self.path.parent
+        with suppress(FileNotFoundError):  # somebody was quicker, perhaps with all of the directory
+            if self.damaged:
+                self.path.rename(self.path.with_suffix(DAMAGED))
+                self._report("damaged", 1)
+            else:
+                self.path.unlink()
         self.close()
-        sync_directory(directory)
+        with suppress(FileNotFoundError):
+            sync_directory(self.path.parent)
         failpoints.reach("spool.removed")
 
     def discard(self) -> None:

@@ -191,19 +191,29 @@ class Spool:
             SpoolUnavailable: the disk does not give them.
         """
         async with self._replay:
+            error: SpoolUnavailable | None = None
+            tried: set[Segment] = set()
             while True:
-                if not self._live():
+                segment = next((each for each in self._live() if each not in tried), None)
+                if segment is None:
                     if self._active is None:
-                        return None
+                        break
                     self._seal(self._active)
-                segment = self._sealed[0]
+                    continue
+                tried.add(segment)
                 await self._commits.settled(segment)
-                records = await self._in_reader(partial(segment.read, segment.done + 1, count))
-                if records:
-                    return Batch(segment.id, records)
-                # withdrawn or unreadable to the end
-                await self._in_reader(segment.remove)
+                try:
+                    records = await self._in_reader(partial(segment.read, segment.done + 1, count))
+                    if records:
+                        return Batch(segment.id, records)
+                    # withdrawn or unreadable to the end
+                    await self._in_reader(segment.remove)
+                except SpoolUnavailable as caught:
+                    error = caught  # the other files must not wait for this one
                 self._freed()
+            if error is not None:
+                raise error
+            return None
 
     async def done(self, batch: Batch, upto: int | None = None) -> None:
         """The batch, or its part up to a sequence, is counted: it never comes again.
@@ -241,9 +251,13 @@ class Spool:
 
     def _live(self) -> list[Segment]:
         # Also what a removal or adoption did whose awaiter was cancelled.
-        files = self._sealed + self._adopted[: (count := len(self._adopted))]
-        del self._adopted[:count]
-        self._sealed = sorted((f for f in files if f.fd >= 0), key=lambda segment: segment.id)
+        if self._adopted:
+            count = len(self._adopted)
+            self._sealed += self._adopted[:count]
+            del self._adopted[:count]
+            self._sealed.sort(key=lambda segment: segment.id)
+        if any(segment.fd < 0 for segment in self._sealed):
+            self._sealed = [segment for segment in self._sealed if segment.fd >= 0]
         return self._sealed
 
     def _adopt(self, held: int) -> None:

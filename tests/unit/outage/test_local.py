@@ -106,9 +106,9 @@ def test_a_process_decides_as_the_scripts_would_with_its_share(
 ) -> None:
     limiter, model, now_ms = LocalLimiter(), Model(), NOW
     parts = [shared(limit, share) for limit in limits]
-    for gap, requests, credits in steps:
+    for gap, cost, weighted in steps:
         now_ms += gap
-        costs = {"requests": requests, "credits": credits}
+        costs = {"requests": cost, "credits": weighted}
         span = billing_period(ANCHOR, 1, now_ms)
         program = compile_local(limits, costs, METERS, share)
 
@@ -131,13 +131,16 @@ def test_all_processes_together_stay_within_each_limit(
     limiters = [LocalLimiter() for _ in range(share)]
     spent: list[tuple[int, dict[str, int]]] = []
     now_ms = NOW
-    for gap, requests, credits in steps:
+    for gap, cost, weighted in steps:
         now_ms += gap
-        costs = {"requests": requests, "credits": credits}
+        costs = {"requests": cost, "credits": weighted}
         program = compile_local(limits, costs, METERS, share)
-        for limiter in limiters:
-            if limiter.admit(program, "sub", billing_period(ANCHOR, 1, now_ms), now_ms).admitted:
-                spent.append((now_ms, costs))
+        span = billing_period(ANCHOR, 1, now_ms)
+        spent += [
+            (now_ms, costs)
+            for limiter in limiters
+            if limiter.admit(program, "sub", span, now_ms).admitted
+        ]
     for limit in limits:
         totals: dict[int, int] = {}
         for at, costs in spent:

@@ -152,6 +152,19 @@ def test_a_zeroed_page_loses_what_was_on_it_and_nothing_else(tmp_path: Path) -> 
     assert events == [("lost", len(hit))]
 
 
+def test_a_record_that_the_disk_gives_twice_is_read_once(tmp_path: Path) -> None:
+    path = spool_of(tmp_path, [b"one", b"two", b"six", b"ten"])
+    broken = bytearray(path.read_bytes())
+    size = OVERHEAD + 3
+    second, third = DATA_START + size, DATA_START + 2 * size
+    broken[third : third + size] = broken[second : second + size]
+    path.write_bytes(broken)
+    events: Events = []
+
+    assert everything(tmp_path, events) == [(1, b"one"), (2, b"two"), (4, b"ten")]
+    assert events == [("lost", 1)]
+
+
 def test_a_payload_cannot_pretend_to_be_a_record(tmp_path: Path) -> None:
     foreign = create(tmp_path / "other", NOW)
     for payload in (b"", b"", b"forged"):
