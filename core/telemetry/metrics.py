@@ -151,6 +151,13 @@ class Metrics:
         self.flush_subjects = _counter("flush_subjects_total", "Subjects copied into the ledger.")
         self.flush_seconds = _histogram("flush_seconds", "Time of one flush.", _STORE_S)
 
+        self.drift = _gauge(
+            "drift",
+            "Differences that the last audit found and left, by cause: see core/audit/report.py.",
+            "livemax",
+            "cause",
+        )
+
         self._config_digest: str | None = None
 
     def config_applied(self, digest: str) -> None:
