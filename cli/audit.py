@@ -16,7 +16,7 @@ import click
 from cli.context import DEFAULT_DATA_DIR, Context, parse_time
 from cli.stores import find_stores
 from core import clock
-from core.audit import AuditReport, Drift, audit, uncharged
+from core.audit import AuditReport, Drift, MeterUse, audit
 from core.config import Snapshot
 from core.config.units import UnitError, parse_duration
 from core.db import connect_pool
@@ -125,7 +125,7 @@ async def _run(
                 registry,
                 subject=subscription,
                 since_ms=since_ms,
-                event_meters=uncharged(snapshot),
+                use=MeterUse.of(snapshot),
                 repair=repair,
                 keep=show,
                 on_progress=_progress,

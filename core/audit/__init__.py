@@ -11,11 +11,10 @@ from dataclasses import replace
 
 from core import clock
 from core.audit.gauge import publish
-from core.audit.ledger import EventsWaiting, LedgerAudit, batches
+from core.audit.ledger import EventsWaiting, LedgerAudit, MeterUse, batches
 from core.audit.live import Comparison, LiveAudit
 from core.audit.repair import Behind, RepairBehind, drop_behind, list_as_changed
 from core.audit.report import NOTES, AuditReport, Cause, Collector, Drift
-from core.config import Snapshot
 from core.db import Database
 from core.keyspace import Keyspace, subject_of
 from core.meters import MeterRegistry
@@ -28,21 +27,15 @@ __all__ = [
     "Behind",
     "Cause",
     "Drift",
+    "MeterUse",
     "RepairBehind",
     "audit",
     "drop_behind",
     "publish",
-    "uncharged",
 ]
 
 Progress = Callable[[str, int], None]
 """Told `ledger` or `redis` and how many subjects of it are done."""
-
-
-def uncharged(snapshot: Snapshot) -> tuple[str, ...]:
-    """The meters that no route charges: what they count comes from usage events alone."""
-    charged = {name for route in snapshot.routes for name, cost in route.costs.items() if cost > 0}
-    return tuple(name for name in snapshot.meters if name not in charged)
 
 
 async def audit(
@@ -53,7 +46,7 @@ async def audit(
     keyspace: Keyspace | None = None,
     subject: str | None = None,
     since_ms: int = 0,
-    event_meters: tuple[str, ...] = (),
+    use: MeterUse | None = None,
     events_waiting: EventsWaiting | None = None,
     repair: bool = False,
     repair_behind: RepairBehind | None = None,
@@ -66,7 +59,7 @@ async def audit(
     Args:
         subject: only this one; everybody's by default.
         since_ms: of the ledger, only periods that end and hours that start after it.
-        event_meters: those that `uncharged` gives: their hours must equal their events.
+        use: how meters are counted, `MeterUse.of(snapshot)`; None: each in any way.
         events_waiting: whether usage events are on their way to Postgres; then none is missed.
         repair: mend what changes nothing that is billed.
         repair_behind: how states that are older than the ledger are mended; `drop_behind` by
@@ -86,7 +79,7 @@ async def audit(
         keys,
         registry,
         since_ms=since_ms,
-        event_meters=event_meters,
+        use=use or MeterUse(),
         events_waiting=events_waiting,
     )
     if subject is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 
 from core import clock
 from core.admission.baseline import live_hours
 from core.audit.report import Cause, Drift
+from core.config import Snapshot
 from core.config.units import format_quantity
 from core.db import Database, Row
 from core.keyspace import Keyspace
@@ -21,6 +23,34 @@ _LOOKS = 3
 
 EventsWaiting = Callable[[], Awaitable[bool]]
 """Whether usage events wait in Redis that are not in Postgres yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeterUse:
+    """What the configuration says of how meters are counted, and so of their usage events.
+
+    Attributes:
+        events_only: no route charges them: an hour is the sum of its events.
+        refunded: an answer may give a charge back, in a later hour: an hour may be less than its
+            events.
+    """
+
+    events_only: tuple[str, ...] = ()
+    refunded: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> MeterUse:
+        """As the configuration is now: what an earlier one did is not known."""
+        charged: set[str] = set()
+        refunded: set[str] = set()
+        for route in snapshot.routes:
+            names = {name for name, cost in route.costs.items() if cost > 0}
+            charged |= names
+            refunded |= names if route.reserve else set()
+        return cls(
+            tuple(name for name in snapshot.meters if name not in charged),
+            tuple(sorted(refunded)),
+        )
 
 
 async def batches(database: Database, size: int) -> AsyncIterator[list[str]]:
@@ -50,7 +80,7 @@ class LedgerAudit:
         registry: MeterRegistry,
         *,
         since_ms: int,
-        event_meters: Sequence[str],
+        use: MeterUse,
         events_waiting: EventsWaiting | None,
     ) -> None:
         self._database = database
@@ -58,7 +88,7 @@ class LedgerAudit:
         self._keyspace = keyspace
         self._registry = registry
         self._since = clock.to_datetime(since_ms)
-        self._event_meters = list(event_meters)
+        self._use = use
         self._events_waiting = events_waiting
 
     async def check(self, subjects: Sequence[str]) -> list[Drift]:
@@ -81,7 +111,11 @@ class LedgerAudit:
         suspects, found = list(subjects), dict[tuple[object, ...], Drift]()
         for look in range(_LOOKS):
             rows = await self._database.fetch(
-                "audit_events", suspects, self._since, self._event_meters
+                "audit_events",
+                suspects,
+                self._since,
+                list(self._use.events_only),
+                list(self._use.refunded),
             )
             seen = {(d.subject, d.meter, d.hour_start_ms, d.period_start_ms, d.cause): d
                     for d in await self._unexplained(rows)}  # fmt: skip

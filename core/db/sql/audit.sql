@@ -80,9 +80,9 @@ ORDER BY subject, meter, period_start;
 
 -- name: audit_events
 -- Hours since $2 of subjects $1 in which usage events and the hour's total cannot both be right: more
--- than the total, or less although nothing but events is counted by the meter ($3). Where hours were
--- rolled up, a day takes the place of its hours. The last hour is not judged as too small: its events
--- may be on their way.
+-- than the total, unless refunds of an earlier hour may be part of it ($4), or less although nothing
+-- but events is counted by the meter ($3). Where hours were rolled up, a day takes the place of its
+-- hours. The last hour is not judged as too small: its events may be on their way.
 WITH rolled AS (
     SELECT subject, meter, period_start, day_start, total FROM ledger_days
     WHERE subject = ANY ($1::text[])
@@ -118,7 +118,7 @@ SELECT subject, meter, period_start, slot, coalesce(t.day, false) AS day,
        coalesce(t.total, 0) AS total
 FROM events e FULL JOIN totals t USING (subject, meter, period_start, slot)
 JOIN meters m ON m.name = meter AND m.aggregation = 'sum'
-WHERE coalesce(e.quantity, 0) > coalesce(t.total, 0)
+WHERE (e.quantity > coalesce(t.total, 0) AND NOT meter = ANY ($4::text[]))
    OR (meter = ANY ($3::text[]) AND coalesce(e.quantity, 0) < coalesce(t.total, 0)
        AND slot < now() - interval '70 minutes')
 ORDER BY subject, meter, slot, period_start;
