@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -357,6 +358,36 @@ def test_postgres_that_takes_no_writes(durable: EmbeddedValkey, ledger: Embedded
                 f"{name} RESET ALL",
             )
         )
+
+
+def test_a_standby_and_its_primary(durable: EmbeddedValkey, server_dir: Path) -> None:
+    from cli.embedded import EmbeddedPostgres
+    from core.db import migrate
+
+    primary = EmbeddedPostgres(server_dir / "primary", fast=True)
+    with primary:
+        asyncio.run(migrate(primary.url))
+    # a copy of the stopped server, owners and all, is a base backup
+    subprocess.run(["cp", "-a", server_dir / "primary", server_dir / "standby"], check=True)
+    (server_dir / "standby" / "data" / "standby.signal").touch()
+    with primary:
+        standby = EmbeddedPostgres(
+            server_dir / "standby", fast=True, config={"primary_conninfo": primary.url}
+        )
+        with standby:
+            item = one(diagnosed(durable.url, standby.url), "postgres.standby")
+            assert item.severity is Severity.CRITICAL
+            assert "target_session_attrs" in item.fix
+            item = wait_until(
+                lambda: one(
+                    diagnosed(durable.url, primary.url), "postgres.synchronous_standby_names"
+                ),
+                30,
+                what="replication",
+            )
+            assert item.severity is Severity.WARNING
+            assert "1 standbys, and no commit waits for one" in item.text
+            assert Crash.FAILOVER in item.loses
 
 
 @pytest.mark.parametrize(
