@@ -69,7 +69,8 @@ compared AS (
                 ELSE coalesce(h.overage, 0) END AS hours_overage
     FROM (SELECT * FROM ledger_periods WHERE subject = ANY ($1::text[])) p
     FULL JOIN pieces h USING (subject, meter, period_start)
-    LEFT JOIN ledger_subjects s USING (subject)
+    LEFT JOIN (SELECT subject FROM ledger_subjects WHERE subject = ANY ($1::text[])) s
+        USING (subject)
     LEFT JOIN meters m ON m.name = meter
     WHERE coalesce(p.period_end, h.latest + interval '1 day') > $2
 )
@@ -124,17 +125,25 @@ WHERE (e.quantity > coalesce(t.total, 0) AND NOT meter = ANY ($4::text[]))
 ORDER BY subject, meter, slot, period_start;
 
 -- name: audit_these_periods
--- What the ledger has of periods that a live state holds, by position.
+-- What the ledger has of periods that a live state holds, by position. Each is looked up by its key:
+-- left to itself the planner reads the whole table for a few hundred.
 SELECT t.position::int, l.total, l.overage
 FROM unnest($1::text[], $2::text[], $3::timestamptz[])
     WITH ORDINALITY AS t (subject, meter, period_start, position)
-JOIN ledger_periods l ON l.subject = t.subject AND l.meter = t.meter
-    AND l.period_start = t.period_start;
+CROSS JOIN LATERAL (
+    SELECT total, overage FROM ledger_periods
+    WHERE subject = t.subject AND meter = t.meter AND period_start = t.period_start
+    LIMIT 1
+) l;
 
 -- name: audit_these_hours
 -- The same of hours.
 SELECT t.position::int, l.total, l.overage
 FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[])
     WITH ORDINALITY AS t (subject, meter, period_start, hour_start, position)
-JOIN ledger_hours l ON l.subject = t.subject AND l.meter = t.meter
-    AND l.hour_start = t.hour_start AND l.period_start = t.period_start;
+CROSS JOIN LATERAL (
+    SELECT total, overage FROM ledger_hours
+    WHERE subject = t.subject AND meter = t.meter AND hour_start = t.hour_start
+      AND period_start = t.period_start
+    LIMIT 1
+) l;
