@@ -23,6 +23,8 @@ _COMMANDS = {
     "subscriptions": ("cli.manage", "subscriptions", "Manage subscriptions."),
     "keys": ("cli.manage", "keys", "Manage API keys."),
     "usage": ("cli.usage", "usage", "Show the usage of a subscription."),
+    "doctor": ("cli.doctor", "doctor", "Say what would be lost in which crash, and the fix."),
+    "audit": ("cli.audit", "command", "Recompute totals; compare Redis with the ledger."),
     "migrate": ("cli.main", "migrate", "Bring the database to this version's schema."),
     "gateway": ("cli.main", "gateway", "Run the gateway (data plane)."),
     "control": ("cli.main", "control", "Run the control plane (APIs, console, portal)."),

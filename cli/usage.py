@@ -19,9 +19,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from cli.context import DEFAULT_DATA_DIR, POSTGRES_URL, REDIS_URL, Context
+from cli.context import DEFAULT_DATA_DIR, Context
+from cli.stores import find_stores
 from core import clock
-from core.config import Snapshot, load
+from core.config import Snapshot
 from core.config.units import format_quantity
 from core.db import connect_pool
 from core.errors import TallygateError
@@ -72,20 +73,7 @@ def usage(
 
 
 def _read(context: Context, config_path: Path | None, subscription: str, hours: int) -> Usage:
-    from cli.up_settings import default_config  # lazily: only where no file is named
-
-    variables = context.variables()
-    snapshot = load(config_path or default_config(), variables)
-    redis_url = snapshot.settings.redis.url or variables.get(REDIS_URL)
-    postgres_url = snapshot.settings.postgres.url or variables.get(POSTGRES_URL)
-    for url, name in ((redis_url, REDIS_URL), (postgres_url, POSTGRES_URL)):
-        if not url:
-            raise TallygateError(
-                f"no store: set {name}, give --config with its URL, or run this where "
-                "`tallygate up` runs (or give its --data-dir)"
-            )
-    assert redis_url
-    assert postgres_url
+    snapshot, redis_url, postgres_url = find_stores(context, config_path)
     return asyncio.run(_ask(redis_url, postgres_url, snapshot, subscription, hours))
 
 

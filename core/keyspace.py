@@ -47,6 +47,10 @@ class Keyspace:
         """Hash: all counters of the subject."""
         return f"{PREFIX}:{{{self.shard(subject)}}}:s:{subject}"
 
+    def states(self) -> str:
+        """Pattern that every state key matches, for SCAN; `subject_of` tells whether it is one."""
+        return f"{PREFIX}:{{*}}:s:*"
+
     def leases(self, subject: str, limit: str) -> str:
         """Sorted set: lease id by expiry in ms, one a concurrency limit."""
         return f"{PREFIX}:{{{self.shard(subject)}}}:l:{limit}:{subject}"

@@ -192,5 +192,5 @@ class EmbeddedPostgres(EmbeddedServer):
         return (
             len(lines) > _READY_LINE
             and lines[0] == str(pid)
-            and lines[_READY_LINE].strip() == "ready"
+            and lines[_READY_LINE].strip() in ("ready", "standby")
         )

@@ -188,6 +188,13 @@ class Metrics:
             "subjects_evicted_total", "Idle subjects taken out of Redis; the ledger has them."
         )
 
+        self.drift = _gauge(
+            "drift",
+            "Differences that the last audit found and left, by cause: see core/audit/report.py.",
+            "livemax",
+            "cause",
+        )
+
         self._config_digest: str | None = None
 
     def config_applied(self, digest: str) -> None:

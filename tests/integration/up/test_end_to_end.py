@@ -158,6 +158,8 @@ def test_what_it_prints_works_and_is_still_known_after_a_restart(home: Path) -> 
         assert "up to date with Redis" in tallygate(home, *usage.split())
         assert "sub_demo_free" in tallygate(home, "subscriptions", "list")
         assert tallygate(home, "migrate") == "nothing to apply\n"
+        assert json.loads(tallygate(home, "doctor", "--json"))["safe"]
+        assert tallygate(home, "audit").endswith("No drift.\n")
         rows = json.loads(tallygate(home, "keys", "list", "--json"))
         assert {row["subscription_id"] for row in rows} == {"sub_demo_free", "sub_demo_pro"}
         made = json.loads(
