@@ -20,6 +20,7 @@ RETURNING subject, version;
 -- name: store_periods
 -- Not taken, and not counted as touched, is a row that would lower a total within its epoch: Redis
 -- lost writes and counted on from an older state. Only a meter of the last value may fall.
+-- A sealed period whose amounts change is no longer sealed.
 INSERT INTO ledger_periods AS l
     (subject, meter, period_start, period_end, total, overage, epoch, version, updated_at)
 SELECT t.subject, t.meter, t.period_start, t.period_end, t.total, t.overage, t.epoch, t.version, now()
@@ -28,6 +29,8 @@ FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[], $5::nu
     AS t (subject, meter, period_start, period_end, total, overage, epoch, version)
 ON CONFLICT (subject, meter, period_start) DO UPDATE
 SET period_end = excluded.period_end, total = excluded.total, overage = excluded.overage,
+    sealed_at = CASE WHEN (excluded.total, excluded.overage) = (l.total, l.overage)
+                     THEN l.sealed_at END,
     epoch = excluded.epoch, version = excluded.version, updated_at = excluded.updated_at
 WHERE (excluded.epoch, excluded.version) >= (l.epoch, l.version)
   AND (excluded.epoch > l.epoch OR excluded.total >= l.total
@@ -51,8 +54,8 @@ WHERE (excluded.epoch, excluded.version) >= (l.epoch, l.version)
                       WHERE m.name = excluded.meter AND m.aggregation <> 'last'));
 
 -- name: store_events
--- Once per subject, limit, period, kind, threshold and height of the limit, however often an event
--- is delivered.
+-- Once per subject, limit, period, kind, threshold and height of the limit, and a reset once per
+-- subject, limit and period, however often an event is delivered.
 INSERT INTO limit_events
     (subject, limit_name, meter, kind, threshold, usage, limit_quantity, period_start, period_end,
      occurred_at, stream_id)
@@ -62,7 +65,7 @@ FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::int[], $6::numer
             $7::numeric[], $8::timestamptz[], $9::timestamptz[], $10::timestamptz[], $11::text[])
     AS t (subject, limit_name, meter, kind, threshold, usage, limit_quantity, period_start,
           period_end, occurred_at, stream_id)
-ON CONFLICT (subject, limit_name, period_start, kind, threshold, limit_quantity) DO NOTHING
+ON CONFLICT DO NOTHING
 RETURNING subject, limit_name, kind, threshold;
 
 -- name: ledger_of_subject
@@ -71,9 +74,16 @@ FROM ledger_periods WHERE subject = $1
 ORDER BY period_start DESC, meter LIMIT $2;
 
 -- name: hours_of_subject
-SELECT meter, period_start, hour_start, total, overage
-FROM ledger_hours WHERE subject = $1 AND hour_start >= $2 AND hour_start < $3
-ORDER BY hour_start, meter, period_start;
+-- Where hours were rolled up, the days that overlap [$2, $3): `hour_start` is then the day's.
+SELECT meter, period_start, hour_start, total, overage, false AS day
+FROM ledger_hours
+WHERE subject = $1 AND hour_start >= $2 AND hour_start < $3
+  AND hour_start >= (SELECT until FROM ledger_rolled)
+UNION ALL
+SELECT meter, period_start, day_start, total, overage, true
+FROM ledger_days
+WHERE subject = $1 AND day_start > $2 - interval '1 day' AND day_start < $3
+ORDER BY 3, 1, 2;
 
 -- name: events_of_subject
 SELECT limit_name, meter, kind, threshold, usage, limit_quantity, period_start, period_end, occurred_at
