@@ -133,7 +133,8 @@ async def read_usage(
     """The usage of a subscription, now.
 
     Hours are those that start in [hours_from, hours_to), epoch ms; by default those of the current
-    billing period; days where those were rolled up. Redis being away is no error: the ledger answers alone, and `note` says so.
+    billing period; days where those were rolled up. Redis being away is no error: the ledger
+    answers alone, and `note` says so.
 
     Raises:
         NotFoundError: no such subscription.

@@ -8,8 +8,8 @@ Steps of `roll_up`, one transaction for each month, oldest first:
   5. commit                                         done: whoever reads sees days
 
 A month waits, and those after it, while one of its periods is not sealed, or while Redis has counts
-from before its end that are not in the ledger. So its hours are final. One may still be stored again:
-a subject that was idle closes its last hour when it wakes. Such a row lands in the default
+from before its end that are not in the ledger. So its hours are final. One may still be stored
+again: a subject that was idle closes its last hour when it wakes. Such a row lands in the default
 partition, below the bound, where nobody reads it, and is dropped here.
 """
 
@@ -63,8 +63,8 @@ class Retention:
         """Makes partitions and rolls up months that ended `hours_ms` before `now_ms` (Redis time).
 
         Raises:
-            StoreUnavailableError: Redis or Postgres did not answer, or a lock was not free; what was
-                done stays done.
+            StoreUnavailableError: Redis or Postgres did not answer, or a lock was not free; what
+                was done stays done.
         """
         result = RetentionResult()
         await self.make_partitions(now_ms, result)
@@ -90,6 +90,7 @@ class Retention:
         """Hours of months that are days already; a day that has none of them yet takes them."""
         until = await self._database.fetchval("rolled_until")
         async with self._database.transaction() as transaction:
+            await transaction.execute("steady_write")
             await transaction.execute("lock_partitions")
             added = await transaction.execute("roll_up_hours", clock.to_datetime(0), until)
             dropped = await transaction.execute("delete_rolled_hours", until)

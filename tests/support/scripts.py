@@ -40,14 +40,14 @@ class Outcome:
 
 
 class Scripts:
-    """A synchronous caller of admit, seed, release and acknowledge with a settable clock."""
+    """A synchronous caller of admit, seed, release, acknowledge and roll with a settable clock."""
 
     def __init__(self, url: str, *, controlled: bool = True) -> None:
         self.redis = redis.Redis.from_url(url, decode_responses=True)
         replace = {"includes/clock.lua": TEST_CLOCK} if controlled else None
         self.scripts = {
             name: make(name, render(name, replace))
-            for name in ("admit", "release", "seed", "acknowledge")
+            for name in ("admit", "release", "seed", "acknowledge", "roll")
         }
         for script in self.scripts.values():
             self.redis.script_load(script.source)

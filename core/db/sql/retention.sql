@@ -4,9 +4,12 @@
 -- name: lock_partitions
 -- First in a transaction that changes partitions: one at a time. Everybody who reads or writes hours
 -- queues behind a lock that is waited for, so not for long.
-SET TRANSACTION ISOLATION LEVEL REPEATABLE READ;
 SET LOCAL lock_timeout = '1s';
 SELECT pg_advisory_xact_lock(hashtext('tallygate_hours_partitions'));
+
+-- name: steady_write
+-- First in a transaction whose statements must see the same rows.
+SET TRANSACTION ISOLATION LEVEL REPEATABLE READ;
 
 -- name: add_hours_partition
 SELECT tallygate_add_hours_partition($1::timestamptz);
