@@ -60,6 +60,7 @@ async def read_ledgers(
     """
     async with database.transaction() as transaction:
         await transaction.execute("consistent_read")
+        await transaction.execute("keep_hours")
         reading = _Reading(transaction, registry, wanted)
         await reading.records(now_ms)
         await reading.spans(catalogue, now_ms)

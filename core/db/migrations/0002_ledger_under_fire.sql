@@ -93,8 +93,8 @@ CREATE TABLE ledger_days (
 -- Hours that start before `until` are in ledger_days and nowhere else: one row. An idle state may
 -- store its last hour again when it wakes; below this bound that says nothing new.
 CREATE TABLE ledger_rolled (
-    only  boolean PRIMARY KEY DEFAULT true CHECK (only),
-    until timestamptz NOT NULL
+    single boolean PRIMARY KEY DEFAULT true CHECK (single),
+    until  timestamptz NOT NULL
 );
 INSERT INTO ledger_rolled (until) VALUES (to_timestamp(0));
 

@@ -13,9 +13,11 @@ SELECT subject, epoch, version FROM ledger_subjects WHERE subject = ANY ($1::tex
 
 -- name: consistent_read
 -- First in a transaction: what follows sees one state of the ledger, whatever is flushed meanwhile.
--- The lock comes before the snapshot: a month that is dropped after the latter was taken would be
--- missing from its hours and its days alike.
 SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY;
+
+-- name: keep_hours
+-- Next, before the first query takes the snapshot: a month that is dropped after that would be
+-- missing from its hours and its days alike.
 LOCK TABLE ledger_hours IN ACCESS SHARE MODE;
 
 -- name: latest_records

@@ -4,8 +4,8 @@
 -- name: lock_partitions
 -- First in a transaction that changes partitions: one at a time. Everybody who reads or writes hours
 -- queues behind a lock that is waited for, so not for long.
-SET LOCAL lock_timeout = '1s';
-SELECT pg_advisory_xact_lock(hashtext('tallygate_hours_partitions'));
+SELECT set_config('lock_timeout', '1s', true),
+       pg_advisory_xact_lock(hashtext('tallygate_hours_partitions'));
 
 -- name: steady_write
 -- First in a transaction whose statements must see the same rows.
