@@ -1,8 +1,7 @@
 """A named lease in Postgres: of several reconcilers one works, another takes over.
 
 The holder renews a third of the lease's time after each renewal; Postgres' clock decides when it
-has run out. A process that was killed or stopped is replaced when it has: within four thirds of
-that time. The holder itself counts from before it asked, on its own monotonic clock, so it never
+has run out. A process that was killed or stopped is replaced within a second of that. The holder itself counts from before it asked, on its own monotonic clock, so it never
 believes to hold it longer than Postgres does. It starts no new round from then on; one under way
 may end, also in a process that was stopped and wakes: every round may be repeated or run twice.
 """
@@ -23,6 +22,7 @@ from core.telemetry import logs
 _log = logs.get_logger()
 
 _RENEWALS = 3  # attempts within the time of a lease
+_ASK_S = 1.0  # how often at least who waits for it asks: a lease given back is taken at once
 
 
 def holder_id() -> str:
@@ -71,7 +71,8 @@ class Lease:
         """Acquires and renews until cancelled; Postgres being away is waited out."""
         while True:
             await self.renew()
-            await asyncio.sleep(self._ttl_ms() / 1000 / _RENEWALS)
+            renewal = self._ttl_ms() / 1000 / _RENEWALS
+            await asyncio.sleep(renewal if self.held else min(renewal, _ASK_S))
 
     async def renew(self) -> bool:
         """One attempt to acquire or renew; whether it is held after it. Never raises."""

@@ -109,9 +109,8 @@ class Retention:
             if reason:
                 _log.info("roll_up_waits", month=f"{month:%Y-%m}", reason=reason)
                 return
-            days = await self._roll_up_month(month, end)
-            result.rolled += 1
-            _log.info("hours_rolled_up", month=f"{month:%Y-%m}", days=days)
+            if await self._roll_up_month(month, end):
+                result.rolled += 1
 
     async def _waits(self, month: datetime, end: datetime) -> str:
         """Why the month cannot be rolled up yet, '' when it can."""
@@ -122,7 +121,8 @@ class Retention:
             return "a period of it is not sealed"
         return ""
 
-    async def _roll_up_month(self, month: datetime, end: datetime) -> int:
+    async def _roll_up_month(self, month: datetime, end: datetime) -> bool:
+        """Whether it was still there: another process may have been faster."""
         async with self._database.transaction() as transaction:
             # Step 1
             await transaction.execute("lock_partitions")
@@ -131,6 +131,7 @@ class Retention:
             await transaction.execute("rolled_up_to", end)
             reach("retention.rolled_up")
             # Step 4: last, since it locks everybody out who reads or writes hours
-            await transaction.fetchval("drop_hours_partition", month)
+            dropped = bool(await transaction.fetchval("drop_hours_partition", month))
             reach("retention.dropped")
-        return days
+        _log.info("hours_rolled_up", month=f"{month:%Y-%m}", days=days)
+        return dropped
