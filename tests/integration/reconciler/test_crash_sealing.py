@@ -70,8 +70,8 @@ def fetch(url: str, sql: str, *args: object) -> list[dict[str, Any]]:
     return asyncio.run(run())
 
 
-def prepare(redis_url: str, postgres_url: str) -> tuple[int, int]:
-    """Six subscriptions that used something half a year ago; the bounds of that period."""
+def prepare(redis_url: str, postgres_url: str, every: int | None = None) -> int:
+    """Six subscriptions that used something half a year ago; the start of that period in ms."""
     scripts = Scripts(redis_url, controlled=False)
     now_ms = int(scripts.redis.time()[0]) * 1000
     anchor = month_of(to_datetime(now_ms)).replace(day=10)
@@ -94,7 +94,7 @@ def prepare(redis_url: str, postgres_url: str) -> tuple[int, int]:
                 subject,
                 to_datetime(anchor_ms),
             )
-            kind = number % 3
+            kind = number % 3 if every is None else every
             if kind != IDLE:
                 fields = {
                     "p:requests": f"{start_ms} {end_ms} {hour}",
@@ -120,7 +120,7 @@ def prepare(redis_url: str, postgres_url: str) -> tuple[int, int]:
         await connection.close()
 
     asyncio.run(fill())
-    return start_ms, end_ms
+    return start_ms
 
 
 def check(postgres_url: str, start_ms: int) -> None:
@@ -165,14 +165,11 @@ def settled(redis_url: str, postgres_url: str, start_ms: int) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    "failpoint", ["", "periods.rolled", "periods.sealed", "periods.rolled:2", "periods.sealed:2"]
-)
+@pytest.mark.parametrize("failpoint", ["periods.rolled", "periods.sealed", "periods.sealed:2"])
 def test_killed_while_sealing(config: Path, valkey: str, database: str, failpoint: str) -> None:
-    start_ms, _ = prepare(valkey, database)
-    if failpoint:
-        with start(config, valkey, database, failpoint) as process:
-            assert process.wait() == -signal.SIGKILL
+    start_ms = prepare(valkey, database)
+    with start(config, valkey, database, failpoint) as process:
+        assert process.wait() == -signal.SIGKILL
     with start(config, valkey, database) as process:
         wait_until(lambda: settled(valkey, database, start_ms), 30, what="all periods sealed")
         assert process.terminate() == 0
@@ -180,23 +177,24 @@ def test_killed_while_sealing(config: Path, valkey: str, database: str, failpoin
     check(database, start_ms)
 
 
-@pytest.mark.parametrize("failpoint", ["", "retention.rolled_up", "retention.dropped"])
+@pytest.mark.parametrize("failpoint", ["retention.rolled_up", "retention.dropped"])
 def test_killed_while_rolling_up(config: Path, valkey: str, database: str, failpoint: str) -> None:
-    start_ms, _ = prepare(valkey, database)
-    with start(config, valkey, database) as process:
-        wait_until(lambda: settled(valkey, database, start_ms), 30, what="all periods sealed")
-        process.kill()
+    start_ms = prepare(valkey, database, every=IDLE)
+    asyncio.run(
+        execute(
+            database, "UPDATE ledger_periods SET sealed_at = now(), seals = 1, peak_hour = total"
+        )
+    )
     # as a reconciler left it that made the month's partition when it was young
     asyncio.run(
         execute(database, "SELECT tallygate_add_hours_partition($1)", to_datetime(start_ms))
     )
     days = "SELECT subject, total, overage, peak_hour, hours FROM ledger_days ORDER BY subject"
-    if failpoint:
-        with start(config, valkey, database, failpoint) as process:
-            assert process.wait() == -signal.SIGKILL
-        assert fetch(database, days) == []
-        hours = fetch(database, "SELECT count(*) AS n FROM ledger_hours WHERE total > 0")
-        assert hours[0]["n"] == SUBJECTS
+    with start(config, valkey, database, failpoint) as process:
+        assert process.wait() == -signal.SIGKILL
+    assert fetch(database, days) == []
+    hours = fetch(database, "SELECT count(*) AS n FROM ledger_hours WHERE total > 0")
+    assert hours[0]["n"] == SUBJECTS
     with start(config, valkey, database) as process:
         wait_until(lambda: fetch(database, days), 30, what="the roll-up")
         assert process.terminate() == 0
@@ -206,5 +204,4 @@ def test_killed_while_rolling_up(config: Path, valkey: str, database: str, failp
     until = fetch(database, "SELECT until FROM ledger_rolled")[0]["until"]
     assert until > to_datetime(start_ms)
     assert fetch(database, "SELECT * FROM ledger_hours WHERE hour_start < $1", until) == []
-    check(database, start_ms)
     assert until <= datetime.now(UTC)
