@@ -159,7 +159,7 @@ def _show(found: Usage) -> None:
         ("hour", "meter", "total", "overage", "source"),
         [
             (
-                clock.isoformat(row.hour_start_ms),
+                clock.isoformat(row.hour_start_ms) + (" (day)" if row.day else ""),
                 row.meter,
                 format_quantity(row.total),
                 format_quantity(row.overage),

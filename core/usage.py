@@ -25,7 +25,7 @@ from core.db import Database
 from core.errors import StoreUnavailableError
 from core.keyspace import Keyspace
 from core.meters import MeterRegistry
-from core.period import HOUR_MS, Span, billing_period
+from core.period import DAY_MS, HOUR_MS, Span, billing_period
 from core.policy import (
     Concurrency,
     Meter,
@@ -54,7 +54,10 @@ class MeterUsage:
 
 @dataclass(frozen=True, slots=True)
 class HourUsage:
-    """A meter's hour within a billing period. `live` is whether Redis said so."""
+    """A meter's hour within a billing period. `live` is whether Redis said so.
+
+    `day`: it is the whole day that begins at `hour_start_ms`, whose hours were rolled up.
+    """
 
     meter: str
     period_start_ms: int
@@ -62,6 +65,7 @@ class HourUsage:
     total: Decimal
     overage: Decimal
     live: bool
+    day: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,8 @@ async def read_usage(
     """The usage of a subscription, now.
 
     Hours are those that start in [hours_from, hours_to), epoch ms; by default those of the current
-    billing period. Redis being away is no error: the ledger answers alone, and `note` says so.
+    billing period; days where those were rolled up. Redis being away is no error: the ledger
+    answers alone, and `note` says so.
 
     Raises:
         NotFoundError: no such subscription.
@@ -309,15 +314,21 @@ async def _hours(
     to_ms: int,
 ) -> tuple[HourUsage, ...]:
     found: dict[tuple[int, str, int], HourUsage] = {}
+    days: set[tuple[int, str, int]] = set()
     start, end = clock.to_datetime(from_ms), clock.to_datetime(to_ms)
     for row in await database.fetch("hours_of_subject", subject, start, end):
         hour = clock.from_datetime(row["hour_start"])
         first = clock.from_datetime(row["period_start"])
         found[hour, row["meter"], first] = HourUsage(
-            row["meter"], first, hour, row["total"], row["overage"], False
+            row["meter"], first, hour, row["total"], row["overage"], False, row["day"]
         )
+        if row["day"]:
+            days.add((hour, row["meter"], first))
     for item in live_hours(live):
         meter = registry.get(item.meter)
+        day_ms = item.hour_start_ms - item.hour_start_ms % DAY_MS
+        if (day_ms, item.meter, item.period_start_ms) in days:
+            continue  # the last hour of a subject that has been idle since
         if meter is not None and from_ms <= item.hour_start_ms < to_ms:
             found[item.hour_start_ms, item.meter, item.period_start_ms] = HourUsage(
                 item.meter,

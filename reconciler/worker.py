@@ -1,17 +1,26 @@
-"""The reconciler's tasks, supervised: each goes on after an error, and all drain at the end."""
+"""The reconciler's parts put together: what it does, how often, and what it tells the metrics.
+
+| task      | does                                            | while it holds the lease |
+|-----------|-------------------------------------------------|--------------------------|
+| lag       | shows how far the ledger is behind              | and otherwise            |
+| flush     | counts into the ledger                          | only                     |
+| events    | limit events into Postgres                      | only                     |
+| periods   | closes and seals what has ended                 | only                     |
+| retention | partitions ahead, old months into days          | only                     |
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from contextlib import suppress
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 from core import clock
 from core.config import ConfigWatcher, Snapshot, restart_needed
+from core.config.models import ReconcilerSettings
 from core.db import Database, connect_pool
-from core.errors import ConfigError, StoreUnavailableError, TallygateError
+from core.errors import ConfigError, TallygateError
 from core.keyspace import Keyspace
 from core.meters import MeterRegistry
 from core.redis.store import Store
@@ -19,16 +28,26 @@ from core.telemetry import logs
 from core.telemetry.metrics import Metrics, setup
 from reconciler.events import EventStore
 from reconciler.flush import Flusher
+from reconciler.lease import Lease, holder_id
+from reconciler.periods import Periods
+from reconciler.retention import Retention
+from reconciler.supervise import Supervisor, Task
 
 _log = logs.get_logger()
 
 _REDIS_TIMEOUT_S = 5.0
-# After a failure of a store: soon, since the counts only wait, but not in a tight loop.
-_RETRY_S = 1.0
+LEASE = "reconciler"
+
+_LAG_S = 1.0
+_PERIODS_S = 1.0
+_RETENTION_S = 3_600.0
+_RETENTION_RETRY_S = 60.0
+# A month of hours is summed up in one statement.
+_MAINTENANCE_TIMEOUT_S = 1_800.0
 
 
 class Reconciler:
-    """Everything one reconciler process runs. Several may run at once; they only repeat work."""
+    """Everything one reconciler process runs. Of several, the one with the lease works."""
 
     def __init__(self, path: Path, snapshot: Snapshot) -> None:
         settings = snapshot.settings
@@ -50,84 +69,105 @@ class Reconciler:
         self._stopping.set()
 
     async def run(self) -> None:
-        """Runs until `stop`, then flushes once more.
+        """Runs until `stop`, then flushes once more and gives the lease back.
 
         Raises:
             ConfigError: a meter is pinned otherwise than the configuration declares it.
         """
-        settings = self.config.current.settings
-        store = Store.connect(self._redis_url, _REDIS_TIMEOUT_S, self._redis_error)
-        database: Database = await connect_pool(
+        async with AsyncExitStack() as stack:
+            store = Store.connect(self._redis_url, _REDIS_TIMEOUT_S, self._redis_error)
+            stack.push_async_callback(store.close)
+            timeout_s = self.config.current.settings.postgres.timeout_ms / 1000
+            database = await self._connect(
+                stack, timeout_s, self.config.current.settings.postgres.pool
+            )
+            # Of its own: a renewal must not wait behind the work.
+            lease_database = await self._connect(stack, timeout_s, 1)
+            maintenance = await self._connect(stack, _MAINTENANCE_TIMEOUT_S, 1)
+            lease = Lease(
+                lease_database,
+                LEASE,
+                holder_id(),
+                lambda: self._settings.lease_ms,
+                self._lease_changed,
+            )
+            self.metrics.config_applied(self.config.current.digest)
+            _log.info("started", flush_interval_ms=self._settings.flush_interval_ms)
+            helpers = [
+                asyncio.create_task(self.config.run(), name="config-watcher"),
+                asyncio.create_task(lease.keep(), name="lease"),
+            ]
+            try:
+                await Supervisor(lease, self._stopping).run(
+                    self.tasks(store, database, maintenance)
+                )
+            finally:
+                for helper in helpers:
+                    helper.cancel()
+                await asyncio.gather(*helpers, return_exceptions=True)
+                await lease.release()
+        _log.info("stopped")
+
+    async def _connect(self, stack: AsyncExitStack, timeout_s: float, size: int) -> Database:
+        database = await connect_pool(
             self._postgres_url,
-            size=settings.postgres.pool,
-            timeout_s=settings.postgres.timeout_ms / 1000,
+            size=size,
+            timeout_s=timeout_s,
             on_query=self._on_query,
             require=False,
         )
-        keyspace = Keyspace()
-        flusher = Flusher(
-            store, database, keyspace, self._registry, batch=settings.reconciler.batch
-        )
-        events = EventStore(
-            store,
-            database,
-            keyspace,
-            self._registry,
-            on_event=lambda kind: self.metrics.limit_events.labels(kind).inc(),
-        )
-        self.metrics.config_applied(self.config.current.digest)
-        _log.info("started", flush_interval_ms=settings.reconciler.flush_interval_ms)
-        watcher = asyncio.create_task(self.config.run(), name="config-watcher")
-        try:
-            while not self._stopping.is_set():
-                await self._round(database, flusher, events)
-                interval = self.config.current.settings.reconciler.flush_interval_ms / 1000
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(interval):
-                        await self._stopping.wait()
-            await self._round(database, flusher, events)
-        finally:
-            watcher.cancel()
-            await asyncio.gather(watcher, return_exceptions=True)
-            await store.close()
-            await database.close()
-            _log.info("stopped")
+        stack.push_async_callback(database.close)
+        return database
 
-    async def _round(self, database: Database, flusher: Flusher, events: EventStore) -> None:
-        ready = await self._attempt(self._show_lag(flusher))
-        # Nothing is converted before it is known that the ledger's meters are the configuration's.
-        if ready and await self._attempt(self._pin(database)):
-            # Events do not wait for counts that cannot be stored.
-            ready = await self._attempt(self._flush(flusher))
-            ready = await self._attempt(events.store_all()) and ready
-        else:
-            ready = False
-        if not ready:
-            await self._pause()
+    @property
+    def _settings(self) -> ReconcilerSettings:
+        return self.config.current.settings.reconciler
 
-    async def _attempt(self, step: Awaitable[object]) -> bool:
-        try:
-            await step
-        except ConfigError:
-            raise
-        except StoreUnavailableError as error:
-            # Redis keeps the truth; the lag metric shows that the ledger is behind.
-            _log.warning("flush_postponed", reason=str(error))
-        except Exception:
-            # A bug in one round must not end the process: the counts wait in Redis, the lag shows.
-            _log.exception("flush_failed")
-        else:
-            return True
-        return False
+    def tasks(self, store: Store, database: Database, maintenance: Database) -> list[Task]:
+        """What runs; `maintenance` allows long statements."""
+        keyspace, registry = Keyspace(), self._registry
+        flusher = Flusher(store, database, keyspace, registry, batch=self._settings.batch)
+        events = EventStore(store, database, keyspace, registry, on_event=self._on_event)
+        periods = Periods(store, database, keyspace, registry, lambda: self.config.current)
+        retention = Retention(store, maintenance, keyspace)
+
+        def often() -> float:
+            return self._settings.flush_interval_ms / 1000
+
+        async def flush() -> None:
+            await self._pin(database)
+            await self._flush(flusher)
+
+        async def store_events() -> None:
+            await self._pin(database)
+            await events.store_all()
+
+        async def seal() -> None:
+            await self._pin(database)
+            await self._seal(store, periods)
+
+        return [
+            Task("lag", lambda: self._show_lag(flusher), lambda: max(often(), _LAG_S), alone=False),
+            Task("flush", flush, often, drains=True),
+            Task("events", store_events, often, drains=True),
+            Task("periods", seal, lambda: _PERIODS_S),
+            Task(
+                "retention",
+                lambda: self._retain(store, retention),
+                lambda: _RETENTION_S,
+                retry_s=_RETENTION_RETRY_S,
+            ),
+        ]
+
+    async def _pin(self, database: Database) -> None:
+        """Nothing is converted before the ledger's meters are known to be the configuration's."""
+        if not self._registry.pinned:
+            await self._registry.pin(database)
 
     async def _show_lag(self, flusher: Flusher) -> None:
         dirty, lag_ms = await flusher.lag()
         self.metrics.dirty_subjects.set(dirty)
         self.metrics.flush_lag_seconds.set(lag_ms / 1000)
-
-    async def _pin(self, database: Database) -> None:
-        if not self._registry.pinned:
-            await self._registry.pin(database)
 
     async def _flush(self, flusher: Flusher) -> None:
         started = clock.monotonic()
@@ -136,10 +176,27 @@ class Reconciler:
         self.metrics.flush_seconds.observe(clock.monotonic() - started)
         await self._show_lag(flusher)
 
-    async def _pause(self) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_RETRY_S):
-                await self._stopping.wait()
+    async def _seal(self, store: Store, periods: Periods) -> None:
+        now_ms = await store.now_ms()
+        seal_after_ms = self._settings.seal_after_ms
+        result = await periods.seal_due(now_ms, seal_after_ms)
+        self.metrics.periods_sealed.inc(result.sealed)
+        self.metrics.periods_resealed.inc(result.resealed)
+        self.metrics.limit_events.labels("reset").inc(result.resets)
+        self.metrics.seal_lag_seconds.set(await periods.lag_ms(now_ms, seal_after_ms) / 1000)
+
+    async def _retain(self, store: Store, retention: Retention) -> None:
+        result = await retention.run(await store.now_ms(), self._settings.retention.hours_ms)
+        self.metrics.hours_partitions.inc(result.made)
+        self.metrics.hours_months_rolled.inc(result.rolled)
+
+    def _lease_changed(self, held: bool) -> None:
+        self.metrics.reconciler_leader.set(int(held))
+        if not held:
+            self.metrics.seal_lag_seconds.set(0)  # another process knows it now
+
+    def _on_event(self, kind: str) -> None:
+        self.metrics.limit_events.labels(kind).inc()
 
     def _on_query(self, name: str, seconds: float, ok: bool) -> None:
         self.metrics.postgres_seconds.labels(name).observe(seconds)

@@ -48,10 +48,15 @@ class HourTotal:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A meter's latest period in the ledger and the latest hour of it."""
+    """A meter's latest period in the ledger and the latest hour of it.
+
+    `counted_ms` is the hour of the last count in any period, None when that is `hour`'s: a period
+    may have begun since without any, and the calendars and windows of then are still to be told.
+    """
 
     period: PeriodTotal
     hour: HourTotal
+    counted_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,9 @@ def live_hours(live: Mapping[str, str]) -> list[HourTotal]:
 def _moment(name: str, ledger: Ledger, now_ms: int) -> int:
     """The time as of which a cold subject's counters are rebuilt."""
     record = ledger.records.get(name)
-    return record.hour.hour_start_ms if record else now_ms
+    if record is None:
+        return now_ms
+    return record.hour.hour_start_ms if record.counted_ms is None else record.counted_ms
 
 
 def _warm_moment(name: str, ledger: Ledger, hours: Iterable[HourTotal], now_ms: int) -> int:

@@ -61,6 +61,7 @@ async def read_ledgers(
     """
     async with database.transaction() as transaction:
         await transaction.execute("consistent_read")
+        await transaction.execute("keep_hours")
         reading = _Reading(transaction, registry, wanted)
         await reading.records(now_ms)
         await reading.spans(catalogue, now_ms)
@@ -109,7 +110,8 @@ class _Reading:
                     meter.to_units(row["hour_total"]),
                     meter.to_units(row["hour_overage"]),
                 )
-            self.ledgers[row["subject"]].records[meter.name] = Record(period, hour)
+            counted = row["counted_at"] and clock.from_datetime(row["counted_at"])
+            self.ledgers[row["subject"]].records[meter.name] = Record(period, hour, counted)
 
     async def spans(self, catalogue: Catalogue, now_ms: int) -> None:
         asked: list[tuple[str, MeterSpan]] = [
@@ -152,11 +154,11 @@ class _Reading:
 
     async def held(self, catalogue: Catalogue) -> None:
         """What the ledger has of hours that live states hold."""
-        asked = [
-            (subject, row.meter, row.period_start_ms, row.hour_start_ms)
+        asked = {
+            (subject, row.meter, row.period_start_ms, row.hour_start_ms): row
             for subject, wanted in self._wanted.items()
             for row in hours_held(wanted.live, catalogue.calendars)
-        ]
+        }
         if not asked:
             return
         rows = await self._transaction.fetch(
@@ -167,15 +169,14 @@ class _Reading:
             [clock.to_datetime(item[3]) for item in asked],
         )
         for row in rows:
-            self.ledgers[row["subject"]].held.append(
-                HourTotal(
-                    row["meter"],
-                    clock.from_datetime(row["period_start"]),
-                    clock.from_datetime(row["hour_start"]),
-                    catalogue.meters[row["meter"]].to_units(row["total"]),
-                    0,
-                )
-            )
+            subject, name = row["subject"], row["meter"]
+            start = clock.from_datetime(row["period_start"])
+            hour = clock.from_datetime(row["hour_start"])
+            if row["total"] is None:  # rolled up into a day, as the state has it
+                total = asked[subject, name, start, hour].total
+            else:
+                total = catalogue.meters[name].to_units(row["total"])
+            self.ledgers[subject].held.append(HourTotal(name, start, hour, total, 0))
 
     async def fired(self, now_ms: int) -> None:
         cold = [subject for subject, wanted in self._wanted.items() if not wanted.live]

@@ -80,6 +80,7 @@ async def closed_fields(
 
     Raises:
         StoreUnavailableError: Postgres did not answer.
+        ValueError: an hour was rolled up into its day, months ago.
     """
     rows = sorted(hours)
     names = [row[0] for row in rows]
@@ -106,6 +107,8 @@ async def closed_fields(
             raise ValueError(f"no process declared the meter {meter}")
         found = stored_hours.get((meter, start, hour))
         numbers = "0 0"
+        if found is not None and found["total"] is None:
+            raise ValueError(f"the hour of a correction of {subject} has become part of a day")
         if found is not None:
             numbers = f"{kept.to_units(found['total'])} {kept.to_units(found['overage'])}"
         fields[f"{keyspace.CLOSED_HOUR}{meter}:{start}:{hour}"] = numbers

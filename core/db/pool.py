@@ -26,7 +26,8 @@ QueryHook = Callable[[str, float, bool], None]
 """Called after each query: name, seconds, whether Postgres answered without an error."""
 
 # What Postgres says when it cannot serve just now: shutdown, start-up, crash, failover to a
-# read-only standby, too many connections, out of resources, statement time-out.
+# read-only standby, too many connections, out of resources, statement time-out, a lock that another
+# transaction holds too long or that two want in different order.
 _UNAVAILABLE = (
     OSError,
     TimeoutError,
@@ -34,6 +35,8 @@ _UNAVAILABLE = (
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
     asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.TransactionRollbackError,
     asyncpg.InternalClientError,
 )
 

@@ -194,6 +194,23 @@ class Metrics:
             "livemax",
             "cause",
         )
+        self.reconciler_leader = _gauge(
+            "reconciler_leader", "1 for the reconciler that works, 0 for one in waiting.", "livesum"
+        )
+        self.periods_sealed = _counter("periods_sealed_total", "Billing periods sealed.")
+        self.periods_resealed = _counter(
+            "periods_resealed_total",
+            "Periods sealed again, as they changed after they were sealed.",
+        )
+        self.seal_lag_seconds = _gauge(
+            "seal_lag_seconds",
+            "Age of the oldest ended period that is not sealed, from reconciler.seal_after on.",
+            "livemax",
+        )
+        self.hours_partitions = _counter("hours_partitions_total", "Partitions of hours made.")
+        self.hours_months_rolled = _counter(
+            "hours_months_rolled_total", "Months of hours that became days."
+        )
 
         self._config_digest: str | None = None
 

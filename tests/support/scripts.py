@@ -52,7 +52,7 @@ class Scripts:
         replace = {"includes/clock.lua": TEST_CLOCK} if controlled else None
         self.scripts = {
             name: make(name, render(name, replace))
-            for name in ("admit", "release", "seed", "acknowledge", "settle", "evict")
+            for name in ("admit", "release", "seed", "acknowledge", "settle", "evict", "roll")
         }
         for script in self.scripts.values():
             self.redis.script_load(script.source)

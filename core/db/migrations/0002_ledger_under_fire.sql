@@ -37,6 +37,8 @@ BEGIN
     IF to_regclass(name) IS NOT NULL THEN
         RETURN false;
     END IF;
+    -- Else a row of this month that another session stores meanwhile would make ATTACH fail.
+    LOCK TABLE ledger_hours_default IN ACCESS EXCLUSIVE MODE;
     -- Updates of one row are common and touch no index: free room keeps them on their page.
     EXECUTE format('CREATE TABLE %I (LIKE ledger_hours INCLUDING DEFAULTS INCLUDING CONSTRAINTS) '
                    'WITH (fillfactor = 70)', name);
@@ -45,6 +47,21 @@ BEGIN
                    'INSERT INTO %I SELECT * FROM moved', first, after, name);
     EXECUTE format('ALTER TABLE ledger_hours ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)',
                    name, first, after);
+    RETURN true;
+END $$;
+
+-- Drops the partition of a month, whose hours were rolled up; returns whether there was one.
+CREATE FUNCTION tallygate_drop_hours_partition(month timestamptz) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    name text := 'ledger_hours_' || to_char(month AT TIME ZONE 'UTC', 'YYYYMM');
+BEGIN
+    IF to_regclass(name) IS NULL THEN
+        RETURN false;
+    END IF;
+    -- In the order in which everybody else locks them.
+    LOCK TABLE ONLY ledger_hours IN ACCESS EXCLUSIVE MODE;
+    EXECUTE format('DROP TABLE %I', name);
     RETURN true;
 END $$;
 
@@ -73,6 +90,14 @@ CREATE TABLE ledger_days (
     PRIMARY KEY (subject, meter, day_start, period_start)
 );
 
+-- Hours that start before `until` are in ledger_days and nowhere else: one row. An idle state may
+-- store its last hour again when it wakes; below this bound that says nothing new.
+CREATE TABLE ledger_rolled (
+    single boolean PRIMARY KEY DEFAULT true CHECK (single),
+    until  timestamptz NOT NULL
+);
+INSERT INTO ledger_rolled (until) VALUES (to_timestamp(0));
+
 -- A period is sealed when it has ended and its last counts are here. A change after that unseals it.
 ALTER TABLE ledger_periods
     ADD COLUMN sealed_at      timestamptz,
@@ -83,7 +108,9 @@ ALTER TABLE ledger_periods
     ADD COLUMN limit_exceeded boolean,
     ADD COLUMN overage_charge numeric, -- overage times the plan's price of a unit, exact
     ADD COLUMN currency       text;
-CREATE INDEX ledger_periods_unsealed ON ledger_periods (period_end) WHERE sealed_at IS NULL;
+-- in the order in which they are sealed, page by page
+CREATE INDEX ledger_periods_unsealed ON ledger_periods (period_end, subject, meter, period_start)
+    WHERE sealed_at IS NULL;
 DROP INDEX ledger_periods_end;
 ALTER TABLE ledger_periods SET (fillfactor = 70);
 ALTER TABLE ledger_subjects SET (fillfactor = 70);

@@ -18,11 +18,19 @@ FROM ledger_subjects s WHERE s.subject = ANY ($1::text[]);
 -- First in a transaction: what follows sees one state of the ledger, whatever is flushed meanwhile.
 SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY;
 
+-- name: keep_hours
+-- Next, before the first query takes the snapshot: a month that is dropped after that would be
+-- missing from its hours and its days alike.
+LOCK TABLE ledger_hours IN ACCESS SHARE MODE;
+
 -- name: latest_records
 -- Each meter's latest period with its latest hour, also when it has ended, or begins only after the
 -- present because Redis' clock is behind: the script rolls it over as it would have a live one.
+-- `counted_at` is the hour (or day, where hours are gone) of the last count in any period: one may
+-- have begun since without any.
 SELECT p.subject, p.meter, p.period_start, p.period_end, p.total, p.overage,
-       h.hour_start, h.total AS hour_total, h.overage AS hour_overage
+       h.hour_start, h.total AS hour_total, h.overage AS hour_overage,
+       coalesce(c.hour_start, d.day_start) AS counted_at
 FROM (
     SELECT DISTINCT ON (subject, meter) *
     FROM ledger_periods
@@ -33,38 +41,80 @@ LEFT JOIN LATERAL (
     SELECT l.hour_start, l.total, l.overage
     FROM ledger_hours l
     WHERE l.subject = p.subject AND l.meter = p.meter AND l.period_start = p.period_start
+      AND l.hour_start >= (SELECT until FROM ledger_rolled)
     ORDER BY l.hour_start DESC LIMIT 1
-) h ON true;
+) h ON true
+LEFT JOIN LATERAL (
+    SELECT l.hour_start
+    FROM ledger_hours l
+    WHERE l.subject = p.subject AND l.meter = p.meter AND l.total <> 0
+      AND l.hour_start >= (SELECT until FROM ledger_rolled)
+    ORDER BY l.hour_start DESC LIMIT 1
+) c ON true
+LEFT JOIN LATERAL (
+    SELECT l.day_start
+    FROM ledger_days l
+    WHERE l.subject = p.subject AND l.meter = p.meter AND l.total <> 0 AND c.hour_start IS NULL
+    ORDER BY l.day_start DESC LIMIT 1
+) d ON true;
 
 -- name: span_totals
 -- Aggregates over the hours that start in [from_hour, to_hour), by position in the arrays; a span
--- without hours is left out. The last value is the last one that was counted: an hour that a meter
--- passed without a count says nothing.
-SELECT t.position, s.total, s.highest, v.total AS last, v.hour_start, v.period_start
+-- without hours is left out. Months that were rolled up answer with their days: of a calendar and
+-- of a window of whole days they are the same. The last value is the last one that was counted: an
+-- hour that a meter passed without a count says nothing.
+SELECT t.position, s.total, s.highest, v.total AS last, v.start AS hour_start, v.period_start
 FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[])
     WITH ORDINALITY AS t (subject, meter, from_hour, to_hour, position)
 CROSS JOIN LATERAL (
-    SELECT sum(l.total) AS total, max(l.total) AS highest
-    FROM ledger_hours l
-    WHERE l.subject = t.subject AND l.meter = t.meter
-      AND l.hour_start >= t.from_hour AND l.hour_start < t.to_hour
+    SELECT sum(u.total) AS total, max(u.highest) AS highest
+    FROM (
+        SELECT sum(l.total) AS total, max(l.total) AS highest
+        FROM ledger_hours l
+        WHERE l.subject = t.subject AND l.meter = t.meter
+          AND l.hour_start >= t.from_hour AND l.hour_start < t.to_hour
+          AND l.hour_start >= (SELECT until FROM ledger_rolled)
+        UNION ALL
+        SELECT sum(d.total), max(d.peak_hour)
+        FROM ledger_days d
+        WHERE d.subject = t.subject AND d.meter = t.meter
+          AND d.day_start >= t.from_hour AND d.day_start < t.to_hour
+    ) u
 ) s
 LEFT JOIN LATERAL (
-    SELECT l.total, l.hour_start, l.period_start
-    FROM ledger_hours l
-    WHERE l.subject = t.subject AND l.meter = t.meter
-      AND l.hour_start >= t.from_hour AND l.hour_start < t.to_hour AND l.total > 0
-    ORDER BY l.hour_start DESC, l.period_start DESC LIMIT 1
+    SELECT u.* FROM (
+        (SELECT l.total, l.hour_start AS start, l.period_start
+        FROM ledger_hours l
+        WHERE l.subject = t.subject AND l.meter = t.meter
+          AND l.hour_start >= t.from_hour AND l.hour_start < t.to_hour AND l.total > 0
+          AND l.hour_start >= (SELECT until FROM ledger_rolled)
+        ORDER BY l.hour_start DESC, l.period_start DESC LIMIT 1)
+        UNION ALL
+        (SELECT d.total, d.day_start, d.period_start
+        FROM ledger_days d
+        WHERE d.subject = t.subject AND d.meter = t.meter
+          AND d.day_start >= t.from_hour AND d.day_start < t.to_hour AND d.total > 0
+        ORDER BY d.day_start DESC, d.period_start DESC LIMIT 1)
+    ) u
+    ORDER BY u.start DESC, u.period_start DESC LIMIT 1
 ) v ON true
 WHERE s.total IS NOT NULL;
 
 -- name: these_hours
--- What the ledger has of hours that a live state holds too.
+-- What the ledger has of hours that a live state holds too. The total of one that was rolled up is
+-- null: the state had it flushed long before, so it is the state's own.
 SELECT l.subject, l.meter, l.period_start, l.hour_start, l.total, l.overage
 FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[])
     AS t (subject, meter, period_start, hour_start)
 JOIN ledger_hours l ON l.subject = t.subject AND l.meter = t.meter
-    AND l.hour_start = t.hour_start AND l.period_start = t.period_start;
+    AND l.hour_start = t.hour_start AND l.period_start = t.period_start
+WHERE l.hour_start >= (SELECT until FROM ledger_rolled)
+UNION ALL
+SELECT d.subject, d.meter, d.period_start, t.hour_start, NULL, NULL
+FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[])
+    AS t (subject, meter, period_start, hour_start)
+JOIN ledger_days d ON d.subject = t.subject AND d.meter = t.meter
+    AND d.day_start = date_trunc('day', t.hour_start, 'UTC') AND d.period_start = t.period_start;
 
 -- name: these_periods
 -- What the ledger has of billing periods that are to be corrected.

@@ -103,9 +103,16 @@ FROM ledger_periods WHERE subject = $1
 ORDER BY period_start DESC, meter LIMIT $2;
 
 -- name: hours_of_subject
-SELECT meter, period_start, hour_start, total, overage
-FROM ledger_hours WHERE subject = $1 AND hour_start >= $2 AND hour_start < $3
-ORDER BY hour_start, meter, period_start;
+-- Where hours were rolled up, the days that overlap [$2, $3): `hour_start` is then the day's.
+SELECT meter, period_start, hour_start, total, overage, false AS day
+FROM ledger_hours
+WHERE subject = $1 AND hour_start >= $2 AND hour_start < $3
+  AND hour_start >= (SELECT until FROM ledger_rolled)
+UNION ALL
+SELECT meter, period_start, day_start, total, overage, true
+FROM ledger_days
+WHERE subject = $1 AND day_start > $2 - interval '1 day' AND day_start < $3
+ORDER BY 3, 1, 2;
 
 -- name: events_of_subject
 SELECT limit_name, meter, kind, threshold, usage, limit_quantity, period_start, period_end, occurred_at

@@ -26,7 +26,7 @@ PROGRAM = compile_program(PLAN, {"requests": 1, "credits": 25}, METERS, {})
 CONFIG = """
 redis: {url: "${TALLYGATE_REDIS_URL}"}
 postgres: {url: "${TALLYGATE_POSTGRES_URL}", timeout: 1s}
-reconciler: {flush_interval: 10ms}
+reconciler: {flush_interval: 10ms, lease: 1s}
 log: {format: json}
 meters:
   credits: {unit: credit, decimals: 2}
