@@ -189,7 +189,9 @@ def test_evicted_while_several_processes_admit(
 
             await wait_until_async(clean, what="the last flush")
             for gateway, subjects in gateways.items():
-                assert json.loads(gateway.output.splitlines()[-1]) == dict.fromkeys(subjects, 12 * 40)
+                assert json.loads(gateway.output.splitlines()[-1]) == dict.fromkeys(
+                    subjects, 12 * 40
+                )
                 for subject in subjects:
                     ledger = await p.ledger(subject)
                     periods = [row[0] for name, row in ledger.items() if len(name) == 2]
