@@ -16,15 +16,23 @@ import hiredis
 
 from core import clock
 from core.keyspace import Keyspace
-from core.period import DAY_MS, HOUR_MS
-from core.policy import Meter
+from core.period import DAY_MS, HOUR_MS, billing_period
+from core.policy import FixedWindow, Gcra, Meter, PeriodKind, Plan, Quota
 
 METERS = {"requests": Meter("requests"), "credits": Meter("credits", decimals=2)}
-FIRST_MS = 1_767_225_600_000  # 2026-01-01: the start of every period
-END_MS = FIRST_MS + 31 * DAY_MS
-NOW_MS = FIRST_MS + 14 * DAY_MS + 7 * HOUR_MS + 12_345
+NOW_MS = clock.now_ms()
+SPAN = billing_period(0, 1, NOW_MS)
+PLAN = Plan(
+    "bench",
+    (
+        Gcra("per_second", "requests", 1_000_000, 1_000_000, 1_000_000),
+        FixedWindow("per_day", "requests", 10**10, DAY_MS),
+        Quota("monthly", "requests", 10**10, PeriodKind.BILLING),
+        Quota("daily", "credits", 10**10, PeriodKind.DAY),
+    ),
+)
+COSTS = {"requests": 1, "credits": 25}
 _HOUR_MS = NOW_MS - NOW_MS % HOUR_MS
-_RUN = "f3a1c09be5d74a52b86e1d7f0c2394a8b6d5e7f1"
 _CHUNK = 2_000
 
 
@@ -42,18 +50,18 @@ def _meters(version: int) -> dict[str, str]:
     }
 
 
-def state(version: int) -> dict[str, str]:
-    """All fields of a subject after `version` requests."""
-    bounds = f"{FIRST_MS} {END_MS} {_HOUR_MS}"
+def state(version: int, run: str) -> dict[str, str]:
+    """All fields of a subject after `version` requests, verified in a server's run."""
+    bounds = f"{SPAN[0]} {SPAN[1]} {_HOUR_MS}"
     return _meters(version) | {
         "epoch": "1",
-        "run": _RUN,
+        "run": run,
         "p:requests": bounds,
         "p:credits": bounds,
         "r:per_second": f"{NOW_MS * 1000 + 77} 1000000 1000000",
         "w:per_day": f"{NOW_MS - NOW_MS % DAY_MS} {version}",
         "q:credits:day": f"{NOW_MS - NOW_MS % DAY_MS} {version * 25} {version}",
-        "t:monthly": f"{FIRST_MS} 80 1000000",
+        "t:monthly": f"{SPAN[0]} 80 10000000000",
     }
 
 
@@ -63,6 +71,7 @@ class Pipe:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self._socket = socket.create_connection((parts.hostname or "", parts.port or 6379))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._reader = hiredis.Reader()
         if parts.password:
             self.send([("AUTH", parts.password)])
@@ -94,7 +103,10 @@ def _flat(fields: dict[str, str]) -> list[str]:
 
 def write_states(pipe: Pipe, subjects: Iterable[str], version: int) -> None:
     """Whole states, not listed as changed."""
-    key, fields = Keyspace().state, _flat(state(version))
+    info = pipe.send([("INFO", "server")])[0]
+    assert isinstance(info, bytes)
+    run = info.partition(b"run_id:")[2].split()[0].decode()
+    key, fields = Keyspace().state, _flat(state(version, run))
     pipe.send(("HSET", key(subject), *fields) for subject in subjects)
 
 
@@ -115,7 +127,7 @@ def change(pipe: Pipe, subjects: list[str], version: int) -> None:
 
 async def write_ledger(url: str, subjects: list[str], version: int) -> None:
     """The same in Postgres, by COPY."""
-    first, end = clock.to_datetime(FIRST_MS), clock.to_datetime(END_MS)
+    first, end = map(clock.to_datetime, SPAN)
     hour = clock.to_datetime(_HOUR_MS)
     totals = [("requests", METERS["requests"].from_units(version))]
     totals.append(("credits", METERS["credits"].from_units(version * 25)))
