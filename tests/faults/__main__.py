@@ -47,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     failed.append(seed)
                     replay = f"again: python -m tests.faults --seed {seed}{options}"
                     path = history.write(
-                        arguments.out, round_, violations, world.logs(), replay
+                        arguments.out,
+                        round_,
+                        violations,
+                        world.logs() | world.server_logs(),
+                        replay,
                     )
                     for violation in violations[:20]:
                         print(f"    {violation[:400]}")

@@ -27,8 +27,9 @@ For each subscription and meter, with low and high the sums of that times the ro
                                                  overage = what is above the quota, the ledger
                                                  never falls (but by what can be refunded)
 
-What a switch lets be counted for a moment and taken back (503, a charge that waits for its answer)
-may be in the ledger when data are lost, and then stays or goes: it widens the bounds of such rounds.
+What a switch lets be counted for a moment and taken back (503, a charge that waits for its
+answer) may be in the ledger when data are lost, and then stays or goes: it widens the bounds of
+such rounds.
 """
 
 from __future__ import annotations
@@ -68,10 +69,7 @@ def charges(request: Request, served: int | None, switches: Switches) -> tuple[i
     if status == 0:
         paid = served is not None and (charge == "on_response" or served // 100 == 2)
         return 0, int(paid)
-    if charge == "2xx":
-        paid = status // 100 == 2
-    else:
-        paid = status not in (502, 504)
+    paid = status // 100 == 2 if charge == "2xx" else status not in (502, 504)
     return int(paid), int(paid)
 
 

@@ -20,7 +20,7 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Planned:
-    """A fault at `at` seconds after the load began, taken back after `lasts`; `pick` says to whom."""
+    """A fault `at` seconds after the load began, taken back after `lasts`; `pick` says to whom."""
 
     fault: str
     at: float

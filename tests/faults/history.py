@@ -159,9 +159,9 @@ def write(
         *violations,
     ]
     (path / "violations.txt").write_text("\n".join(lines) + "\n")
-    document = {
-        name: _plain(getattr(round_, name)) for name in Round.__dataclass_fields__
-    } | {"switches": asdict(round_.switches)}
+    document = {name: _plain(getattr(round_, name)) for name in Round.__dataclass_fields__} | {
+        "switches": asdict(round_.switches)
+    }
     (path / "history.json").write_text(json.dumps(document, default=str) + "\n")
     for name, text in logs.items():
         (path / f"{name}.log").write_text(text)

@@ -55,9 +55,12 @@ def run_round(world: World, seed: int, faults: Sequence[str] = ()) -> tuple[Roun
         Request(name, *index[which], status, start, end)
         for name, (which, status, start, end) in zip(outcome.ids, outcome.records, strict=True)
     ]
-    if left := world.drain():
-        round_.troubles.append(f"not carried over after {DEADLINE_S:.0f} s: {left}")
-    _read(world, round_)
+    try:
+        if left := world.drain():
+            round_.troubles.append(f"not carried over after {DEADLINE_S:.0f} s: {left}")
+        _read(world, round_)
+    except Exception as error:  # the round is written out with what there is
+        round_.troubles.append(f"cannot be read: {error!r}")
     round_.seconds = time.monotonic() - begun
     return round_, check(round_)
 

@@ -76,9 +76,7 @@ ROUTES = {
     "heavy": Route("/heavy/", {"requests": 1, "credits": 5}),
     "light": Route("/light/", {"requests": 1, "credits": 2}),
     "answered": Route("/answered/", {"requests": 1}, "on_response", "charge: on_response"),
-    "paid": Route(
-        "/paid/", {"requests": 1, "credits": 3}, "2xx", 'charge: {status: ["2xx"]}'
-    ),
+    "paid": Route("/paid/", {"requests": 1, "credits": 3}, "2xx", 'charge: {status: ["2xx"]}'),
     "open": Route("/open/", {"requests": 1}, more="outage: open"),
     "local": Route("/local/", {"requests": 1}, more="outage: local"),
     "api": Route("/api/", {"requests": 1}),

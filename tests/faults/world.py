@@ -1,4 +1,4 @@
-"""The processes of the rounds: started once, killed and stalled by faults, healed after each round."""
+"""The processes of the rounds: started once, hit by faults, healed at the end of each round."""
 
 from __future__ import annotations
 
@@ -190,6 +190,11 @@ class World:
             found[name] = found.get(name, "") + text
         return found
 
+    def server_logs(self) -> dict[str, str]:
+        """The last of what the stores logged."""
+        servers = self.stack.valkey, self.postgres
+        return {it.title.lower(): it.log.read_text(errors="replace")[-20_000:] for it in servers}
+
     def errors(self) -> Iterator[str]:
         """What the processes logged as errors, each kind once."""
         seen: set[tuple[str, str]] = set()
@@ -225,8 +230,11 @@ class World:
             return [(name, int(status)) for name, status in rows]
 
     def sql(self, query: str, *args: Any) -> list[Any]:
-        """Rows of a query, on a connection that is made again when it was cut."""
-        return list(self.stack.run(self._fetch(query, *args)))
+        """Rows of a query; a connection that was cut meanwhile is made again."""
+        try:
+            return list(self.stack.run(self._fetch(query, *args)))
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            return list(self.stack.run(self._fetch(query, *args)))
 
     async def _fetch(self, query: str, *args: Any) -> list[Any]:
         try:
@@ -287,9 +295,11 @@ class World:
         dirty = self.redis.zrange(_KEYS.dirty(0), 0, -1)
         if dirty:
             parts.append(f"changed subjects {[key.decode() for key in dirty[:5]]}")
-        for key in self.redis.scan_iter(match=f"{PREFIX}:*", _type="stream"):
-            if length := self.redis.xlen(key):
-                parts.append(f"{length} entries of {key.decode()}")
+        parts += [
+            f"{length} entries of {key.decode()}"
+            for key in self.redis.scan_iter(match=f"{PREFIX}:*", _type="stream")
+            if (length := self.redis.xlen(key))
+        ]
         if self.switches.reservations and (due := self.redis.zcard(f"{PREFIX}:{{0}}:due")):
             parts.append(f"{due} reservations")
         if self.switches.spool and (spooled := self.spooled()):
@@ -302,7 +312,7 @@ class World:
         return [str(p.name) for p in spool.rglob("*") if p.is_file() and p.stat().st_size]
 
     def drain(self) -> str:
-        """Waits until everything is carried over twice in a row; what is left after the deadline."""
+        """Waits until everything is carried over, twice in a row; what is left at the deadline."""
         clean = 0
 
         def carried_over() -> bool:

@@ -9,8 +9,9 @@
     *   /…/status?code=N answers with this status
     *   anything else    200, a few bytes
 
-A request is counted when it arrives, under `<X-Who> <path>`. With a JOURNAL its X-Request-Id and the
-status it will be given are written to that file before it is answered, so that a kill loses none.
+A request is counted when it arrives, under `<X-Who> <path>`. With a JOURNAL its X-Request-Id and
+the status it will be given are written to that file before it is answered, so that a kill loses
+none.
 Run: `python -m tests.support.upstream PORT [JOURNAL]`.
 """
 
