@@ -15,7 +15,7 @@ What one request may have charged, by its answer (`charges`):
     another answer of the upstream               1 with on_response, 0 with {status: [2xx]}
     502, 504                                     0
     none, the upstream served it as paid for     0 or 1: it may have been passed on
-    none otherwise                               0
+    none otherwise, and 503                      0: what waits for an answer is taken back
 
 For each subscription and meter, with low and high the sums of that times the route's cost:
 
@@ -60,9 +60,10 @@ def charges(request: Request, served: int | None, switches: Switches) -> tuple[i
     status, charge = request.status, route_of(request.path).charge
     if status == 429:
         return 0, 0
+    waits = switches.reservations and charge != "on_admit"
     if status == 503:
-        return 0, 0 if switches.exact_503 else 1
-    if charge == "on_admit" or not switches.reservations:
+        return 0, 0 if switches.exact_503 or waits else 1
+    if not waits:
         if status == 0 and served is None:
             return 0, 1
         return 1, 1

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tests.faults.check import check
 from tests.faults.faults import FAULTS, Planned, Skip, available, schedule
 from tests.faults.history import Happened, Request, Round
-from tests.faults.rules import traffic
+from tests.faults.rules import RESERVATION_S, traffic
 from tests.faults.world import DEADLINE_S, World
 from tests.support import wait_until
 from tests.support.load import ID, get
@@ -20,6 +20,8 @@ PAUSE_S = 0.02
 FAULTS_S = 2.5  # faults begin within this time
 REQUESTS = 500  # a seed's mix of requests, which is sent again and again
 _OBSERVE_S = 0.1
+# How long after everything else is quiet a charge may still be taken back.
+SETTLE_S = RESERVATION_S + 20.0
 
 
 def run_round(world: World, seed: int, faults: Sequence[str] = ()) -> tuple[Round, list[str]]:
@@ -56,13 +58,30 @@ def run_round(world: World, seed: int, faults: Sequence[str] = ()) -> tuple[Roun
         for name, (which, status, start, end) in zip(outcome.ids, outcome.records, strict=True)
     ]
     try:
-        if left := world.drain():
-            round_.troubles.append(f"not carried over after {DEADLINE_S:.0f} s: {left}")
-        _read(world, round_)
+        violations = _settle(world, round_)
     except Exception as error:  # the round is written out with what there is
-        round_.troubles.append(f"cannot be read: {error!r}")
+        violations = [f"cannot be read: {error!r}", *check(round_)]
     round_.seconds = time.monotonic() - begun
-    return round_, check(round_)
+    return round_, violations
+
+
+def _settle(world: World, round_: Round) -> list[str]:
+    """Drains and checks; what is taken back later, as the switches say, is waited for."""
+    left = world.drain()
+    if left:
+        round_.troubles.append(f"not carried over after {DEADLINE_S:.0f} s: {left}")
+    round_.troubles += [*world.died(), *world.errors()]
+    later = world.switches.exact_503 or world.switches.reservations
+    end = time.monotonic() + (SETTLE_S if later and not left else 0)
+    while True:
+        _read(world, round_)
+        violations = check(round_)
+        if not violations or time.monotonic() >= end:
+            break
+        time.sleep(_OBSERVE_S)
+    if left:  # it would stand in the way of the next round
+        world.redis.flushall()
+    return violations
 
 
 def _requests(
@@ -134,5 +153,3 @@ def _read(world: World, round_: Round) -> None:
         who = name.split(" ")[0]
         if who in round_.plans:
             round_.peaks[who] = max(round_.peaks.get(who, 0), count)
-    round_.troubles += world.died()
-    round_.troubles += world.errors()
