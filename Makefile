@@ -10,7 +10,7 @@ LOCK   := uv pip compile --quiet --universal --python-version 3.11 --generate-ha
           --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint lua lock clean
+.PHONY: help run test chaos lint lua lock clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -31,6 +31,9 @@ else
 	$(BIN)/pytest $(ALONE) || failed=$$?; \
 	exit $$failed
 endif
+
+chaos: $(VENV)/dev.stamp  ## Kill and wipe parts under load, and count (ROUNDS=100 SEED=1 ARGS="--faults flushall")
+	@$(BIN)/python -m tests.faults --rounds $(or $(ROUNDS),100) --seed $(or $(SEED),1) $(ARGS)
 
 lint: $(VENV)/dev.stamp lua  ## Check style, types, imports and Lua
 	@$(BIN)/ruff check .

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import select
 import subprocess
 import sys
 import time
@@ -20,17 +22,24 @@ from typing import Any
 
 from tests.support.processes import ROOT
 
+# Stands in a request for an identifier that no other request has: see `Load.start`.
+ID = "@request-id@"
+# A client process that says nothing for so long is waiting for an answer that never comes.
+_DEADLINE_S = 120.0
+
 
 @dataclass
 class Outcome:
     """`statuses` by index of the request and status; `lost` are requests that had no answer.
 
     `records` (when asked for): index of the request, status (0: lost), start and end in seconds.
+    `ids`: the identifier of each record, where the request has room for one (`ID`).
     """
 
     statuses: Counter[tuple[int, int]] = field(default_factory=Counter)
     lost: int = 0
     records: list[tuple[int, int, float, float]] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
 
     def count(self, status: int, request: int | None = None) -> int:
         return sum(
@@ -47,13 +56,22 @@ class Outcome:
         return {status for _, status in self.statuses}
 
 
-def get(path: str, key: str | None = None, *, who: str = "", method: str = "GET") -> str:
+def get(
+    path: str,
+    key: str | None = None,
+    *,
+    who: str = "",
+    method: str = "GET",
+    request_id: str = "",
+) -> str:
     """The bytes of one request; `who` is what the upstream counts it under."""
     lines = [f"{method} {path} HTTP/1.1", "host: api.test"]
     if key:
         lines.append(f"authorization: Bearer {key}")
     if who:
         lines.append(f"x-who: {who}")
+    if request_id:
+        lines.append(f"x-request-id: {request_id}")
     return "\r\n".join([*lines, "", ""])
 
 
@@ -80,10 +98,15 @@ class Load:
         total: int | None = None,
         records: bool = False,
         reopen: bool = False,
+        pause_s: float = 0.0,
+        id_prefix: str = "",
     ) -> None:
         """Sends `requests` in turn, `total` of them or until `stop`; spread over the processes.
 
-        `reopen`: a connection that is lost is replaced; otherwise its share stays undone.
+        Args:
+            reopen: a connection that is lost is replaced; otherwise its share stays undone.
+            pause_s: a connection rests so long on average between answer and request.
+            id_prefix: what `ID` in a request is replaced by begins with this.
         """
         count = len(self._processes)
         for number, process in enumerate(self._processes):
@@ -96,11 +119,13 @@ class Load:
                 "first": number,
                 "records": records,
                 "reopen": reopen,
+                "pause_s": pause_s,
+                "id_prefix": f"{id_prefix}{number}-",
             }
             self._say(process, job)
 
     def progress(self) -> Outcome:
-        """What was answered so far of the job under way."""
+        """What was answered so far of the job under way; without records."""
         return self._gather("progress")
 
     def stop(self) -> Outcome:
@@ -126,11 +151,14 @@ class Load:
             self._say(process, {"do": question})
         for process in self._processes:
             assert process.stdout is not None
+            ready, _, _ = select.select([process.stdout], [], [], _DEADLINE_S)
+            assert ready, f"a client process waits for an answer since {_DEADLINE_S:.0f} s"
             line = process.stdout.readline()
             assert line, "a client process ended"
             answer = json.loads(line)
             merged.lost += answer["lost"]
             merged.records += [tuple(row) for row in answer["records"]]
+            merged.ids += answer["ids"]
             for index, status, number in answer["statuses"]:
                 merged.statuses[index, status] += number
         return merged
@@ -162,6 +190,9 @@ def _share(total: int, number: int, count: int) -> int:
 # --- the client process --------------------------------------------------------------------------
 
 
+_NO_RECORDS: dict[str, list[Any]] = {"records": [], "ids": []}
+
+
 class _Job:
     def __init__(self, spec: dict[str, Any]) -> None:
         self.requests = [request.encode() for request in spec["requests"]]
@@ -169,6 +200,10 @@ class _Job:
         self.next = spec["first"]
         self.keep_records = spec["records"]
         self.reopen = spec["reopen"]
+        self.pause_s = spec["pause_s"]
+        self.id_prefix = spec["id_prefix"]
+        self.numbered = any(ID.encode() in request for request in self.requests)
+        self.ids: list[str] = []
         self.statuses: Counter[tuple[int, int]] = Counter()
         self.lost = 0
         self.records: list[tuple[int, int, float, float]] = []
@@ -182,11 +217,26 @@ class _Job:
             return
         if self.left is not None:
             self.left -= 1
+        if not client.open:  # lost while it rested: nothing was on its way
+            self.gone(client)
+            return
         client.index = self.next % len(self.requests)
+        request = self.requests[client.index]
+        if self.numbered:
+            client.id = f"{self.id_prefix}{self.next}"
+            request = request.replace(ID.encode(), client.id.encode())
         self.next += 1
         client.started = time.monotonic()
         client.job = self
-        client.transport.write(self.requests[client.index])
+        client.transport.write(request)
+
+    def go_on(self, client: _Client) -> None:
+        """The next request of a connection, at once or after a rest."""
+        if self.pause_s:
+            rest = random.uniform(0, 2 * self.pause_s)
+            asyncio.get_running_loop().call_later(rest, self.work, client)
+        else:
+            self.work(client)
 
     def answered(self, client: _Client, status: int) -> None:
         client.job = None
@@ -197,6 +247,8 @@ class _Job:
         if self.keep_records:
             row = (client.index, status, client.started, time.monotonic())
             self.records.append(row)
+            if self.numbered:
+                self.ids.append(client.id)
 
     def gone(self, client: _Client) -> None:
         """A connection was closed: another one takes its place, where that is wanted."""
@@ -210,12 +262,10 @@ class _Job:
         if self.working == 0:
             self.done.set()
 
-    def answer(self) -> bytes:
+    def answer(self, whole: bool) -> bytes:
         rows = [[index, status, n] for (index, status), n in self.statuses.items()]
-        return (
-            json.dumps({"lost": self.lost, "records": self.records, "statuses": rows}).encode()
-            + b"\n"
-        )
+        records = {"records": self.records, "ids": self.ids} if whole else _NO_RECORDS
+        return json.dumps({"lost": self.lost, "statuses": rows, **records}).encode() + b"\n"
 
 
 class _Client(asyncio.Protocol):
@@ -226,6 +276,7 @@ class _Client(asyncio.Protocol):
         self.job: _Job | None = None
         self.index = 0
         self.started = 0.0
+        self.id = ""
         self.buffer = b""
         self.open = False
 
@@ -253,7 +304,7 @@ class _Client(asyncio.Protocol):
             self.transport.close()
             job.gone(self)
         else:
-            job.work(self)
+            job.go_on(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
@@ -287,27 +338,35 @@ async def _start(spec: dict[str, Any], idle: list[_Client]) -> tuple[_Job, list[
     ports = spec["ports"]
     clients: list[_Client] = []
     free = [client for client in idle if client.open and client.job is None]
+    absent: list[int] = []  # ports where nobody listens just now
     for number in range(spec["connections"]):
         port = ports[(number + spec["first"]) % len(ports)]
         found = next((client for client in free if client.port == port), None)
-        if found is None:
-            found = await _connect(port)
-        else:
+        if found is not None:
             free.remove(found)
-        clients.append(found)
+            clients.append(found)
+            continue
+        try:
+            clients.append(await _connect(port))
+        except OSError:
+            if not job.reopen:
+                raise
+            absent.append(port)
     for client in free:
         client.transport.close()
-    job.working = len(clients)
-    if not clients:
+    job.working = spec["connections"]
+    if not job.working:
         job.done.set()
     for client in clients:
         job.work(client)
+    for port in absent:
+        asyncio.ensure_future(_replace(port, job))  # noqa: RUF006
     return job, clients
 
 
 async def _main() -> None:
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader()
+    reader = asyncio.StreamReader(limit=2**24)  # a job is one line, however many requests
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     job: _Job | None = None
     clients: list[_Client] = []
@@ -321,7 +380,7 @@ async def _main() -> None:
             job.left = 0
         if message["do"] != "progress":
             await job.done.wait()
-        sys.stdout.buffer.write(job.answer())
+        sys.stdout.buffer.write(job.answer(message["do"] != "progress"))
         sys.stdout.buffer.flush()
 
 

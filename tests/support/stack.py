@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tests.support.processes import Process, run_module
@@ -54,8 +55,10 @@ class Stack:
         self.valkey = valkey
         self.ports: list[int] = []
         self.gateways: list[Process] = []
-        self.reconciler: Process | None = None
+        self.reconcilers: list[Process] = []
+        self.upstream: Process | None = None
         self.upstream_port = 0
+        self.upstream_journal: Path | None = None
         self.redis: redis.Redis[bytes] = redis.Redis.from_url(valkey.url)
         self._http = httpx.Client(
             timeout=30,
@@ -69,9 +72,15 @@ class Stack:
 
     # Processes
 
-    def start_gateway(self, stop: ExitStack, workers: int) -> None:
-        port = free_port()
-        self.ports.append(port)
+    @property
+    def reconciler(self) -> Process | None:
+        return self.reconcilers[0] if self.reconcilers else None
+
+    def start_gateway(self, workers: int, number: int | None = None) -> Process:
+        """A new gateway on a port of its own, or `number` once more, which has ended."""
+        if number is None:
+            self.ports.append(free_port())
+        port = self.ports[-1 if number is None else number]
         process = run_module(
             "gateway",
             *("--config", str(self.config)),
@@ -79,7 +88,41 @@ class Stack:
             *("--workers", str(workers)),
             env=self.env,
         )
-        self.gateways.append(stop.enter_context(process))
+        return self._keep(self.gateways, process, number)
+
+    def start_reconciler(self, number: int | None = None) -> Process:
+        """Another reconciler, or `number` once more, which has ended."""
+        process = run_module("reconciler", "--config", str(self.config), env=self.env)
+        return self._keep(self.reconcilers, process, number)
+
+    def start_upstream(self) -> Process:
+        """The upstream, or the upstream once more, which has ended."""
+        journal = [str(self.upstream_journal)] if self.upstream_journal else []
+        process = run_module("tests.support.upstream", str(self.upstream_port), *journal)
+        if self.upstream is not None:
+            self.upstream.__exit__(None, None, None)
+        self.upstream = process
+        return process
+
+    @staticmethod
+    def _keep(kept: list[Process], process: Process, number: int | None) -> Process:
+        if number is None:
+            kept.append(process)
+        else:
+            kept[number].__exit__(None, None, None)
+            kept[number] = process
+        return process
+
+    def stop_processes(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends gateways, reconcilers and upstream; prints what they said when there is an error."""
+        upstream = [self.upstream] if self.upstream is not None else []
+        for process in [*self.reconcilers, *self.gateways, *upstream]:
+            process.__exit__(kind, error, trace)
 
     def url(self, path: str, gateway: int = 0) -> str:
         return f"http://127.0.0.1:{self.ports[gateway]}{path}"
@@ -294,6 +337,8 @@ def start_stack(
     postgres_url: str,
     *,
     gateways: Sequence[int] = (1,),
+    reconcilers: int = 1,
+    journal: bool = False,
 ) -> Iterator[Stack]:
     """Everything but Postgres (a migrated database), ready to serve.
 
@@ -301,6 +346,8 @@ def start_stack(
         directory: empty; for Valkey's files, the configuration and the metrics.
         config: YAML; `${UPSTREAM}` is the upstream's URL, the stores are filled in.
         gateways: workers of each gateway process.
+        reconcilers: how many of them.
+        journal: the upstream writes down every request, in `upstream_journal`.
     """
     from cli.embedded import EmbeddedValkey
 
@@ -319,13 +366,14 @@ def start_stack(
         path.write_text(config)
         stack = Stack(path, env, valkey)
         stop.callback(stack.close)
+        stop.push(stack.stop_processes)
         stack.upstream_port = upstream_port
-        upstream = stop.enter_context(run_module("tests.support.upstream", str(upstream_port)))
+        stack.upstream_journal = directory / "upstream.journal" if journal else None
+        upstream = stack.start_upstream()
         for workers in gateways:
-            stack.start_gateway(stop, workers)
-        stack.reconciler = stop.enter_context(
-            run_module("reconciler", "--config", str(path), env=env)
-        )
+            stack.start_gateway(workers)
+        for _ in range(reconcilers):
+            stack.start_reconciler()
         upstream.wait_for_http(f"http://127.0.0.1:{upstream_port}/-/seen")
         for process, port in zip(stack.gateways, stack.ports, strict=True):
             process.wait_for_http(f"http://127.0.0.1:{port}/-/readyz")

@@ -6,16 +6,20 @@
     GET /-/seen          JSON: `served` and `peak` (most at once) by X-Who and path, `in_flight`
     GET /-/release       answers everything that is held
     GET /…/named         names itself in the Server field
+    *   /…/status?code=N answers with this status
     *   anything else    200, a few bytes
 
-A request is counted when it arrives, under `<X-Who> <path>`. Run:
-`python -m tests.support.upstream PORT`.
+A request is counted when it arrives, under `<X-Who> <path>`. With a JOURNAL its X-Request-Id and
+the status it will be given are written to that file before it is answered, so that a kill loses
+none.
+Run: `python -m tests.support.upstream PORT [JOURNAL]`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections import Counter
 from urllib.parse import parse_qs
@@ -29,6 +33,7 @@ served: Counter[str] = Counter()
 now: Counter[str] = Counter()
 peak: Counter[str] = Counter()
 held: list[asyncio.Future[None]] = []
+journal = -1
 
 
 class Upstream(asyncio.Protocol):
@@ -67,6 +72,10 @@ class Upstream(asyncio.Protocol):
         who = next((value for name, value in self.headers if name == "x-who"), "")
         name = f"{who} {path}"
         served[name] += 1
+        code = int(parse_qs(query)["code"][0]) if path.endswith("/status") else 200
+        if journal >= 0:
+            sent = next((value for name, value in self.headers if name == "x-request-id"), "-")
+            os.write(journal, f"{sent} {code}\n".encode())
         if path.endswith("/hold"):
             future = asyncio.get_running_loop().create_future()
             held.append(future)
@@ -78,6 +87,8 @@ class Upstream(asyncio.Protocol):
             self.transport.write(_OK.replace(b"\r\n", b"\r\nserver: upstream\r\n", 1))
         elif path.endswith("/echo"):
             self._json({"path": path, "query": query, "headers": self.headers})
+        elif code != 200:
+            self.transport.write(_OK.replace(b"200 OK", b"%d Asked" % code, 1))
         else:
             self.transport.write(_OK)
 
@@ -87,7 +98,8 @@ class Upstream(asyncio.Protocol):
 
         def answer(_: object) -> None:
             now[name] -= 1
-            self.transport.write(_OK)
+            if not self.transport.is_closing():
+                self.transport.write(_OK)
 
         future.add_done_callback(answer)
 
@@ -97,11 +109,14 @@ class Upstream(asyncio.Protocol):
         self.transport.write(head % len(body) + body)
 
 
-async def main(port: int) -> None:
+async def main(port: int, path: str | None) -> None:
+    global journal
+    if path is not None:
+        journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Upstream, "127.0.0.1", port, backlog=2048)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(main(int(sys.argv[1])))
+    uvloop.run(main(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None))
