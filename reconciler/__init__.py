@@ -2,7 +2,8 @@
 
 `__main__` runs the process, `worker` puts its tasks together, `supervise` repeats them, `lease`
 says which process works, `flush` is the way of a count into Postgres, `events` that of a limit
-event, `periods` seals what has ended, `retention` turns old hours into days, `snapshot` reads a
-state hash. May import `core` and
-`lua`; never `gateway`, `control` or `cli`.
+event, `ingested` that of a usage event; `reservations` takes back what nobody settled, `periods`
+seals what has ended, `retention` turns old hours into days, `idle` takes out of Redis who has not
+called for long, `snapshot` reads a state hash, `rows` makes ledger rows of it. May import `core`
+and `lua`; never `gateway`, `control` or `cli`.
 """

@@ -5,6 +5,10 @@
 | lag       | shows how far the ledger is behind              | and otherwise            |
 | flush     | counts into the ledger                          | only                     |
 | events    | limit events into Postgres                      | only                     |
+| ingest    | usage events into Postgres                      | only                     |
+| expiry    | takes back reservations that nobody settled     | only                     |
+| idle      | takes idle subjects out of Redis                | only                     |
+| audit     | compares Redis, hours, periods and events       | only                     |
 | periods   | closes and seals what has ended                 | only                     |
 | retention | partitions ahead, old months into days          | only                     |
 """
@@ -17,6 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from core import clock
+from core.admission.ledger import Catalogue
+from core.admission.program import calendar_use
+from core.admission.reopen import Lacking
+from core.admission.seeder import Seeder
+from core.admission.settlement import Settlement
 from core.config import ConfigWatcher, Snapshot, restart_needed
 from core.config.models import ReconcilerSettings
 from core.db import Database, connect_pool
@@ -28,8 +37,11 @@ from core.telemetry import logs
 from core.telemetry.metrics import Metrics, setup
 from reconciler.events import EventStore
 from reconciler.flush import Flusher
+from reconciler.idle import evict_idle
+from reconciler.ingested import IngestStore
 from reconciler.lease import Lease, holder_id
 from reconciler.periods import Periods
+from reconciler.reservations import Reservations
 from reconciler.retention import Retention
 from reconciler.supervise import Supervisor, Task
 
@@ -40,6 +52,8 @@ LEASE = "reconciler"
 
 _LAG_S = 1.0
 _PERIODS_S = 1.0
+_EXPIRY_S = 1.0
+_IDLE_S = 60.0
 _RETENTION_S = 3_600.0
 _RETENTION_RETRY_S = 60.0
 # A month of hours is summed up in one statement.
@@ -126,7 +140,28 @@ class Reconciler:
     def tasks(self, store: Store, database: Database, maintenance: Database) -> list[Task]:
         """What runs; `maintenance` allows long statements."""
         keyspace, registry = Keyspace(), self._registry
-        flusher = Flusher(store, database, keyspace, registry, batch=self._settings.batch)
+        seeder = Seeder(store, database, self._catalogue, registry, on_seed=self._on_seed)
+        settlement = Settlement(store, seeder, keyspace)
+        reservations = Reservations(store, settlement, keyspace)
+        ingest = IngestStore(
+            store, database, keyspace, registry, on_stored=self.metrics.usage_events.inc
+        )
+
+        async def repair(subjects: list[str]) -> None:
+            run = await store.run_id()
+            await asyncio.gather(
+                *(seeder.restore(s, keyspace.state(s), run, Lacking()) for s in subjects)
+            )
+
+        flusher = Flusher(
+            store,
+            database,
+            keyspace,
+            registry,
+            batch=self._settings.batch,
+            repair=repair,
+            on_lost=self.metrics.states_lost.inc,
+        )
         events = EventStore(store, database, keyspace, registry, on_event=self._on_event)
         periods = Periods(store, database, keyspace, registry, lambda: self.config.current)
         retention = Retention(store, maintenance, keyspace)
@@ -142,6 +177,18 @@ class Reconciler:
             await self._pin(database)
             await events.store_all()
 
+        async def store_usage() -> None:
+            await self._pin(database)
+            await ingest.store_all()
+
+        async def expire() -> None:
+            await self._pin(database)
+            self.metrics.settlements.labels("expire").inc(await reservations.expire_due())
+
+        async def evict() -> None:
+            gone = await evict_idle(store, keyspace, self.config.current)
+            self.metrics.subjects_evicted.inc(gone)
+
         async def seal() -> None:
             await self._pin(database)
             await self._seal(store, periods)
@@ -150,6 +197,9 @@ class Reconciler:
             Task("lag", lambda: self._show_lag(flusher), lambda: max(often(), _LAG_S), alone=False),
             Task("flush", flush, often, drains=True),
             Task("events", store_events, often, drains=True),
+            Task("ingest", store_usage, often, drains=True),
+            Task("expiry", expire, lambda: _EXPIRY_S),
+            Task("idle", evict, lambda: _IDLE_S),
             Task("periods", seal, lambda: _PERIODS_S),
             Task(
                 "retention",
@@ -158,6 +208,13 @@ class Reconciler:
                 retry_s=_RETENTION_RETRY_S,
             ),
         ]
+
+    def _catalogue(self) -> Catalogue:
+        snapshot = self.config.current
+        return Catalogue(snapshot.meters, calendar_use(snapshot.plans.values()), snapshot.plans)
+
+    def _on_seed(self, kind: str, count: int) -> None:
+        self.metrics.states_seeded.labels(kind).inc(count)
 
     async def _pin(self, database: Database) -> None:
         """Nothing is converted before the ledger's meters are known to be the configuration's."""

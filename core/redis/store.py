@@ -123,6 +123,22 @@ class Store:
             )
         return [member.decode() for member in rows]
 
+    async def up_to(self, key: str, score: int, count: int) -> list[str]:
+        """The first members of a sorted set whose score is not above `score`."""
+        with self._translated():
+            rows: list[bytes] = await self._client.zrangebyscore(
+                key, "-inf", score, start=0, num=count
+            )
+        return [member.decode() for member in rows]
+
+    async def expire_many(self, keys: Sequence[str], ms: int) -> None:
+        """Lets keys vanish in so many ms; those that are not there stay so."""
+        with self._translated():
+            pipeline = self._client.pipeline(transaction=False)
+            for key in keys:
+                pipeline.pexpire(key, ms)
+            await pipeline.execute()
+
     async def rescore(self, key: str, members: Sequence[str], score: int) -> None:
         """Sets the score of those of `members` that are in a sorted set."""
         with self._translated():

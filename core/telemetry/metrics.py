@@ -180,6 +180,7 @@ class Metrics:
         )
         self.flush_subjects = _counter("flush_subjects_total", "Subjects copied into the ledger.")
         self.flush_seconds = _histogram("flush_seconds", "Time of one flush.", _STORE_S)
+        self.usage_events = _counter("usage_events_total", "Usage events stored in Postgres.")
         self.states_lost = _counter(
             "states_lost_total",
             "Subjects with changes not in the ledger yet whose state was gone from Redis.",
