@@ -165,6 +165,8 @@ class EmbeddedPostgres(EmbeddedServer):
             "synchronous_commit": "off" if self._fast else "on",
             "full_page_writes": "off" if self._fast else "on",
             "max_connections": "100",
+            # of a million subjects, the pages of the few thousand that are active
+            "shared_buffers": "512MB",
             "timezone": "UTC",
             "log_timezone": "UTC",
         } | self._config
