@@ -136,9 +136,9 @@ class GroupCommit:
         work = asyncio.get_running_loop().run_in_executor(
             self._thread, self._sync, dirty, withdrawn
         )
-        if not (await asyncio.wait({work}, timeout=self._timeout_s))[0]:
+        hung = not (await asyncio.wait({work}, timeout=self._timeout_s))[0]
+        if hung:
             overdue = OSError(errno.ETIMEDOUT, f"no fsync within {self._timeout_s} s")
-            probing = True
             self._on_overdue(overdue)
             _refuse(waiting, str(overdue))
             await asyncio.wait({work})
@@ -151,7 +151,7 @@ class GroupCommit:
             _refuse([waiter for waiter in waiting if waiter.segment is segment], str(error))
         if not errors:
             failpoints.reach("spool.fsynced")
-            if probing and dirty:
+            if hung or (probing and dirty):
                 self._on_success()
         for waiter in waiting:
             if not waiter.future.done():

@@ -32,7 +32,7 @@ def say(line: str, fd: int = 1) -> None:
 
 
 async def append(given: dict[str, Any], fd: int = 1) -> None:
-    spool = Spool(given["directory"], given.get("max_bytes", MAX_BYTES))
+    spool = Spool(given["directory"], given.get("max_bytes", MAX_BYTES), timeout_s=60)
     refused = 0
     written = 0
 
@@ -61,7 +61,7 @@ async def append(given: dict[str, Any], fd: int = 1) -> None:
 
 
 async def replay(given: dict[str, Any]) -> None:
-    spool = Spool(given["directory"], MAX_BYTES)
+    spool = Spool(given["directory"], MAX_BYTES, timeout_s=60)
     while await spool.adopt():
         while (batch := await spool.next_batch(given["count"])) is not None:
             for sequence, payload in batch.records:

@@ -30,7 +30,7 @@ async def _fill_and_free(disk: Path, size: int) -> None:
     ballast = disk / "ballast"
     ballast.write_bytes(bytes(60 * 1024))
     seconds = 0.0
-    spool = Spool(disk / "spool", 1 << 20, monotonic=lambda: seconds)
+    spool = Spool(disk / "spool", 1 << 20, monotonic=lambda: seconds, timeout_s=60)
     written: list[bytes] = []
 
     async def fill() -> None:

@@ -51,7 +51,7 @@ def read_some(stream: IO[str], count: int) -> list[str]:
 
 def test_killed_at_any_moment_everything_acknowledged_is_there_once(tmp_path: Path) -> None:
     process = start(
-        mode="rounds", directory=str(tmp_path), rounds=60, writers=4, size=40, seed=tmp_path.name
+        mode="rounds", directory=str(tmp_path), rounds=40, writers=4, size=40, seed=tmp_path.name
     )
     acknowledged: dict[str, dict[int, str]] = {}
     for line in lines(process):
@@ -60,7 +60,7 @@ def test_killed_at_any_moment_everything_acknowledged_is_there_once(tmp_path: Pa
 
     found = pending(tmp_path)
 
-    assert len(acknowledged) == 60
+    assert len(acknowledged) == 40
     by_child: dict[str, list[tuple[int, str]]] = {}
     for records in found.values():
         assert [sequence for sequence, _ in records] == list(range(1, len(records) + 1))

@@ -31,13 +31,16 @@ class Disk:
             raise OSError(self.error, os.strerror(self.error))
         os.fdatasync(fd)
 
-    def spool(self, directory: Path, max_bytes: int = BIG, **more: object) -> Spool:
+    def spool(
+        self, directory: Path, max_bytes: int = BIG, *, timeout_s: float = 60.0, **more: object
+    ) -> Spool:
         return Spool(
             directory,
             max_bytes,
             now_ms=lambda: NOW + int(self.seconds * 1000),
             monotonic=lambda: self.seconds,
             fsync=self.fsync,
+            timeout_s=timeout_s,
             **more,  # type: ignore[arg-type]
         )
 
