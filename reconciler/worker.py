@@ -26,6 +26,7 @@ from core.admission.program import calendar_use
 from core.admission.reopen import Lacking
 from core.admission.seeder import Seeder
 from core.admission.settlement import Settlement
+from core.audit import MeterUse, audit, publish
 from core.config import ConfigWatcher, Snapshot, restart_needed
 from core.config.models import ReconcilerSettings
 from core.db import Database, connect_pool
@@ -54,6 +55,7 @@ _LAG_S = 1.0
 _PERIODS_S = 1.0
 _EXPIRY_S = 1.0
 _IDLE_S = 60.0
+_AUDIT_S = 3_600.0
 _RETENTION_S = 3_600.0
 _RETENTION_RETRY_S = 60.0
 # A month of hours is summed up in one statement.
@@ -189,6 +191,11 @@ class Reconciler:
             gone = await evict_idle(store, keyspace, self.config.current)
             self.metrics.subjects_evicted.inc(gone)
 
+        async def check() -> None:
+            await self._pin(database)
+            use = MeterUse.of(self.config.current)
+            publish(self.metrics, await audit(database, store, registry, use=use))
+
         async def seal() -> None:
             await self._pin(database)
             await self._seal(store, periods)
@@ -200,6 +207,7 @@ class Reconciler:
             Task("ingest", store_usage, often, drains=True),
             Task("expiry", expire, lambda: _EXPIRY_S),
             Task("idle", evict, lambda: _IDLE_S),
+            Task("audit", check, lambda: _AUDIT_S),
             Task("periods", seal, lambda: _PERIODS_S),
             Task(
                 "retention",

@@ -60,7 +60,8 @@ async def audit(
         subject: only this one; everybody's by default.
         since_ms: of the ledger, only periods that end and hours that start after it.
         use: how meters are counted, `MeterUse.of(snapshot)`; None: each in any way.
-        events_waiting: whether usage events are on their way to Postgres; then none is missed.
+        events_waiting: whether usage events are on their way to Postgres; then none is missed. By
+            default, whether Redis' stream has any.
         repair: mend what changes nothing that is billed.
         repair_behind: how states that are older than the ledger are mended; `drop_behind` by
             default.
@@ -73,6 +74,10 @@ async def audit(
     keys = keyspace or Keyspace()
     started_ms, collector = clock.now_ms(), Collector(keep)
     await registry.refresh(database)
+
+    async def waiting() -> bool:
+        return await store.length(keys.ingested(0)) > 0
+
     ledger = LedgerAudit(
         database,
         store,
@@ -80,7 +85,7 @@ async def audit(
         registry,
         since_ms=since_ms,
         use=use or MeterUse(),
-        events_waiting=events_waiting,
+        events_waiting=events_waiting or waiting,
     )
     if subject is None:
         async for subjects in batches(database, batch):

@@ -160,6 +160,11 @@ class Store:
         with self._translated():
             return int(await self._client.zcard(key))
 
+    async def length(self, stream: str) -> int:
+        """Entries of a stream."""
+        with self._translated():
+            return int(await self._client.xlen(stream))
+
     async def entries(
         self, stream: str, count: int, after: str = ""
     ) -> list[tuple[str, dict[str, str]]]:

@@ -46,7 +46,10 @@ FROM unnest($1::text[], string_to_array($2, ' ')::int[], string_to_array($3, ' '
     AS t (subject, meter, period_start, period_end, total, overage, epoch, version)
 ON CONFLICT (subject, meter, period_start) DO UPDATE
 SET period_end = excluded.period_end, total = excluded.total, overage = excluded.overage,
-    epoch = excluded.epoch, version = excluded.version, updated_at = excluded.updated_at,
+    epoch = excluded.epoch, version = excluded.version,
+    updated_at = CASE WHEN (excluded.total, excluded.overage, excluded.period_end)
+                           IS DISTINCT FROM (l.total, l.overage, l.period_end)
+                      THEN excluded.updated_at ELSE l.updated_at END,
     sealed_at = CASE WHEN (excluded.total, excluded.overage, excluded.period_end)
                           IS DISTINCT FROM (l.total, l.overage, l.period_end)
                      THEN NULL ELSE l.sealed_at END

@@ -20,7 +20,7 @@ from core.period import DAY_MS, billing_period
 from reconciler.periods import Periods, SealResult
 from reconciler.retention import Retention, RetentionResult
 from tests.integration.reconciler.parts import METERS, Parts, parts
-from tests.support.scripts import Outcome, Scripts
+from tests.support.scripts import RUN, Outcome, Scripts
 
 ANCHOR_MS = from_datetime(datetime(2026, 1, 10, 6, 30, tzinfo=UTC))
 SEAL_AFTER_MS = 300_000
@@ -111,7 +111,7 @@ class World:
             outcome = self.scripts.admit(subject, program, span=span)
             if outcome.status is Verdict.COLD:
                 await self.seeder.seed(
-                    subject, self.p.keyspace.state(subject), plan.limits, self.now_ms
+                    subject, self.p.keyspace.state(subject), plan.limits, self.now_ms, RUN
                 )
                 outcome = self.scripts.admit(subject, program, span=span)
             assert outcome.admitted, outcome
