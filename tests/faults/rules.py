@@ -48,9 +48,8 @@ class Plan:
 
     Attributes:
         limits: YAML in flow style, one a line.
-        quotas: height of the billing quota of each meter.
+        quotas: height of the billing quota of each meter; QUOTA_NAMES has their names.
         blocks: whether the quota on requests refuses.
-        thresholds: percentages that fire, by limit and its meter.
         rate: requests a second and burst of the rate limit.
         slots: height of the concurrency limit.
     """
@@ -116,7 +115,7 @@ PLANS = {
 }
 THRESHOLDS = {"warned": (20, 50, 100)}
 DEFAULT_THRESHOLDS = (80, 90, 95, 100)
-# The check needs the name of the quota on each meter.
+# The quota on each meter is called so in every plan.
 QUOTA_NAMES = {"requests": "monthly", "credits": "credits"}
 
 TRAFFIC = (
