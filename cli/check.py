@@ -26,6 +26,7 @@ from core.policy import (
     Meter,
     Plan,
     Quota,
+    Route,
     SlidingWindow,
 )
 
@@ -89,7 +90,11 @@ def compiled_json(snapshot: Snapshot) -> dict[str, Any]:
         "meters": {name: dataclasses.asdict(meter) for name, meter in snapshot.meters.items()},
         "upstreams": {name: dataclasses.asdict(item) for name, item in snapshot.upstreams.items()},
         "routes": [
-            {**dataclasses.asdict(route), "methods": sorted(route.methods)}
+            {
+                **dataclasses.asdict(route),
+                "methods": sorted(route.methods),
+                "charged": None if route.charged is None else sorted(route.charged),
+            }
             for route in snapshot.routes
         ],
         "plans": {name: _plan_json(plan) for name, plan in snapshot.plans.items()},
@@ -147,7 +152,7 @@ def _plan_table(snapshot: Snapshot) -> Table:
 
 
 def _route_table(snapshot: Snapshot) -> Table:
-    table = Table("route", "match", "upstream", "cost", "plan")
+    table = Table("route", "match", "upstream", "cost", "charged", "in an outage", "plan")
     for route in snapshot.routes:
         costs = ", ".join(
             f"{name} {_quantity(snapshot.meters[name], units)}"
@@ -160,9 +165,28 @@ def _route_table(snapshot: Snapshot) -> Table:
             Text(" ".join(part for part in (methods, route.host + route.path) if part)),
             route.upstream,
             costs or "free",
+            _charge(route),
+            str(route.outage),
             route.plan if route.keyless else "(the key's)",
         )
     return table
+
+
+def _charge(route: Route) -> str:
+    if not route.reserve:
+        return "on admission"
+    if route.charged is None:
+        return "on an answer"
+    return "on " + " ".join(_ranges(sorted(route.charged)))
+
+
+def _ranges(codes: list[int]) -> list[str]:
+    """`2xx` for a whole class, the code for one alone."""
+    found = []
+    for first in range(200, 600, 100):
+        inside = [code for code in codes if first <= code < first + 100]
+        found += [f"{first // 100}xx"] if len(inside) == 100 else [str(code) for code in inside]
+    return found
 
 
 def _print_json(value: object) -> None:

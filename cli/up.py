@@ -23,7 +23,7 @@ from cli.embedded import POSTGRES_MAJOR, DataDir, EmbeddedPostgres, EmbeddedValk
 from cli.embedded.datadir import write_private
 from cli.embedded.process import require_free
 from cli.supervise import Child, Supervisor, command, find_own_packages
-from cli.up_settings import UPSTREAM, Settings, default_config, read_settings
+from cli.up_settings import SPOOL_DIR, UPSTREAM, Settings, default_config, read_settings
 from core.errors import TallygateError
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ class _Up:
 
     def _start_processes(self) -> None:
         self._env["TALLYGATE_METRICS_DIR"] = str(self._data.fresh("metrics"))
+        self._env.setdefault(SPOOL_DIR, str(self._data.path / "spool"))
         find_own_packages(self._env)
         self._env["PYTHONUNBUFFERED"] = "1"
         port = self._settings.upstream_port

@@ -11,12 +11,14 @@ from core.errors import TallygateError
 
 DEMO_PLANS = ("free", "pro")
 UPSTREAM = "TALLYGATE_DEMO_UPSTREAM"
+SPOOL_DIR = "TALLYGATE_SPOOL_DIR"
 # Set for the processes by `up` itself, so a config may refer to them without a default.
 _PROVIDED = (
     "TALLYGATE_REDIS_URL",
     "TALLYGATE_POSTGRES_URL",
     "TALLYGATE_KEY_PEPPER",
     "TALLYGATE_METRICS_DIR",
+    SPOOL_DIR,
 )
 
 

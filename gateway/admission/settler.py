@@ -25,6 +25,8 @@ _log = logs.get_logger()
 # How often reservations are looked at for renewal.
 _SWEEP_S = 0.25
 _BATCH = 256
+# Refunds that wait for Redis; beyond that their reservations expire.
+_MAX_AGAIN = 10_000
 _RENEWALS = 3  # a reservation is renewed when this part of it has passed
 
 
@@ -57,6 +59,7 @@ class Settler:
         self._on_settled = on_settled
         self._held: set[Reservation] = set()
         self._pending: list[tuple[Operation, asyncio.Future[None] | None]] = []
+        self._again: list[Operation] = []  # refunds that Redis did not take
         self._sending: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -64,8 +67,7 @@ class Settler:
         """Registers what an admission reserved, to be renewed until it is settled."""
         held = Reservation(name, subject, ms, clock.monotonic() + ms / 1000 / _RENEWALS)
         self._held.add(held)
-        if self._sweeper is None or self._sweeper.done():
-            self._sweeper = asyncio.create_task(self._sweep())
+        self._watch()
         return held
 
     async def confirm(self, held: Reservation) -> None:
@@ -86,7 +88,8 @@ class Settler:
             raise StoreUnavailableError("Redis took longer than the time-out") from None
 
     def refund(self, held: Reservation) -> None:
-        """There was nothing to charge for. Never waits, never fails: what is lost expires."""
+        """There was nothing to charge for. Never waits, never fails: tried again while Redis is away,
+        and what this process takes with it expires."""
         self._held.discard(held)
         self._queue(Operation(Kind.REFUND, held.subject, held.id), None)
 
@@ -126,6 +129,17 @@ class Settler:
                 self._tell(batch, StoreUnavailableError("shutting down"))
                 raise
             self._tell(batch, error)
+            if error is not None:
+                self._keep(batch)
+
+    def _keep(self, batch: list[tuple[Operation, asyncio.Future[None] | None]]) -> None:
+        lost = [operation for operation, _ in batch if operation.kind is Kind.REFUND]
+        self._again = (self._again + lost)[:_MAX_AGAIN]
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._sweeper is None or self._sweeper.done():
+            self._sweeper = asyncio.create_task(self._sweep())
 
     def _tell(
         self,
@@ -145,8 +159,12 @@ class Settler:
                 future.set_exception(error)
 
     async def _sweep(self) -> None:
-        while self._held:
+        while self._held or self._again:
             await asyncio.sleep(_SWEEP_S)
+            if self._again and self._run() is not None:
+                again, self._again = self._again, []
+                for operation in again:
+                    self._queue(operation, None)
             now = clock.monotonic()
             for held in self._held:
                 if held.renew_at <= now:

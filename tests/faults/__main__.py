@@ -11,13 +11,12 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from tests.faults import history
 from tests.faults.faults import FAULTS
 from tests.faults.rounds import run_round
-from tests.faults.rules import Switches
+from tests.faults.rules import EVERYTHING
 from tests.faults.world import start_world
 
 
@@ -25,15 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 when everything held, 1 when a round failed, 130 when interrupted."""
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    names = [field.name for field in fields(Switches)]
-    switches = Switches(**{name: getattr(arguments, name) for name in names})
-    options = "".join(f" --{n.replace('_', '-')}" for n in names if getattr(switches, n))
-    options += f" --faults {','.join(arguments.faults)}" if arguments.faults else ""
+    options = f" --faults {','.join(arguments.faults)}" if arguments.faults else ""
     failed: list[int] = []
     requests = done = 0
     begun = time.monotonic()
     try:
-        with start_world(switches) as world:
+        with start_world(EVERYTHING) as world:
             for seed in range(arguments.seed, arguments.seed + arguments.rounds):
                 round_, violations = run_round(world, seed, arguments.faults)
                 done, requests = done + 1, requests + len(round_.requests)
@@ -76,10 +72,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("build/chaos"), help="for histories")
     parser.add_argument("--max-failures", type=int, default=5, help="then no further rounds")
-    for field in fields(Switches):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", action="store_true", default=field.default
-        )
     return parser.parse_args(argv)
 
 

@@ -14,7 +14,7 @@ RESERVATION_S = 2
 
 @dataclass(frozen=True)
 class Switches:
-    """Rules that hold only with parts that not every release has; all are off by default.
+    """Rules that each part of the system adds; the tests of the check take them one at a time.
 
     Attributes:
         exact_503: a request that was answered 503 is not in the ledger, whatever was lost.
@@ -28,6 +28,8 @@ class Switches:
     spool: bool = False
     restored: bool = False
 
+
+EVERYTHING = Switches(exact_503=True, reservations=True, spool=True, restored=True)
 
 Charge = Literal["on_admit", "on_response", "2xx"]
 

@@ -9,15 +9,13 @@ import pytest
 
 from tests.faults import history
 from tests.faults.rounds import run_round
-from tests.faults.rules import Switches
+from tests.faults.rules import EVERYTHING
 from tests.faults.world import World, start_world
-
-SWITCHES = Switches()
 
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    with start_world(SWITCHES) as running:
+    with start_world(EVERYTHING) as running:
         yield running
 
 
@@ -31,6 +29,7 @@ def world() -> Iterator[World]:
         (5, "reconciler_kill,reconciler_stall,valkey_kill"),
         (6, "flushall"),
         (7, "flushall,reconciler_kill,postgres_cut,worker_kill"),
+        (8, "older_copy"),
     ],
 )
 def test_nothing_is_lost_or_counted_twice(

@@ -23,7 +23,7 @@ from core.db.migrate import migrate
 from core.keyspace import PREFIX, Keyspace
 from reconciler.snapshot import read_state
 from tests.faults.history import Event, Ledger, Loss, Observation, Total
-from tests.faults.rules import Switches, config
+from tests.faults.rules import RESERVATION_S, Switches, config
 from tests.support import free_port, wait_until
 from tests.support.load import Load
 from tests.support.processes import Process
@@ -304,7 +304,9 @@ class World:
             for key in self.redis.scan_iter(match=f"{PREFIX}:*", _type="stream")
             if (length := self.redis.xlen(key))
         ]
-        if self.switches.reservations and (due := self.redis.zcard(f"{PREFIX}:{{0}}:due")):
+        soon = (time.time() + 10 * RESERVATION_S) * 1000  # later are those that have expired
+        due = self.redis.zcount(_KEYS.due(0), "-inf", soon)
+        if self.switches.reservations and due:
             parts.append(f"{due} reservations")
         if self.switches.spool and (spooled := self.spooled()):
             parts.append(f"spools {spooled}")

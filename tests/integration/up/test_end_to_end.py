@@ -29,6 +29,7 @@ CLEAN: dict[str, str | None] = {
     "TALLYGATE_KEY_PEPPER": None,
     "TALLYGATE_DEMO_UPSTREAM": None,
     "TALLYGATE_METRICS_DIR": None,
+    "TALLYGATE_SPOOL_DIR": None,
 }
 # No word about stores or secrets, and a limit that no test reaches.
 PLAIN = """
