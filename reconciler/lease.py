@@ -1,9 +1,10 @@
 """A named lease in Postgres: of several reconcilers one works, another takes over.
 
 The holder renews a third of the lease's time after each renewal; Postgres' clock decides when it
-has run out. A process that was killed or stopped is replaced within a second of that. The holder itself counts from before it asked, on its own monotonic clock, so it never
-believes to hold it longer than Postgres does. It starts no new round from then on; one under way
-may end, also in a process that was stopped and wakes: every round may be repeated or run twice.
+has run out. A process that was killed or stopped is replaced within a second of that. The holder
+itself counts from before it asked, on its own monotonic clock, so it never believes to hold it
+longer than Postgres does. It starts no new round from then on; one under way may end, also in a
+process that was stopped and wakes: every round may be repeated or run twice.
 """
 
 from __future__ import annotations

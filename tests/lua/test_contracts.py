@@ -123,6 +123,15 @@ def test_scripts_touch_only_the_keys_they_are_given(any_redis_url: str) -> None:
         scripts.redis.evalsha(
             evict.sha, 4, keyspace.dirty(0), keyspace.idle(0), key, slots, 2**42, 1
         )
+        # a period that has ended, closed and told
+        scripts.redis.hset(key, mapping={"p:requests": "1 2 0", "m:requests": "6 0 6 0 6"})
+        span = billing_period(0, 1, scripts.now_ms)
+        roll = scripts.scripts["roll"]
+        rolled = scripts.redis.evalsha(
+            roll.sha, 3, keyspace.dirty(0), keyspace.events(0), key,
+            *span, 0, 1, "requests", 1, "requests", "monthly", 5,
+        )  # fmt: skip
+        assert rolled == [0, 1, 0]
     finally:
         scripts.redis.echo("end-of-test")
         thread.join(10)

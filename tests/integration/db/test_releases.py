@@ -35,15 +35,18 @@ VALUES ('s', 'cre_1', 'cus_1', 'p', 'active', '2026-01-01'),
        ('t', 'cre_1', 'cus_1', 'p', 'canceled', '2026-01-31');
 INSERT INTO api_keys (id, subscription_id, name, prefix, digest)
 VALUES ('key_1', 's', 'n', 'tg_', decode(repeat('ab', 32), 'hex'));
-INSERT INTO meters (name, decimals, aggregation) VALUES ('requests', 0, 'sum'), ('credits', 2, 'sum');
+INSERT INTO meters (name, decimals, aggregation)
+VALUES ('requests', 0, 'sum'), ('credits', 2, 'sum');
 INSERT INTO ledger_subjects (subject, epoch, version) VALUES ('s', 2, 70), ('t', 1, 3);
-INSERT INTO ledger_periods (subject, meter, period_start, period_end, total, overage, epoch, version)
+INSERT INTO ledger_periods
+    (subject, meter, period_start, period_end, total, overage, epoch, version)
 SELECT s, m, p, p + interval '1 month', 10.25, 1, 1, 9
 FROM unnest(ARRAY['s', 't']) s, unnest(ARRAY['requests', 'credits']) m,
      generate_series(timestamptz '2025-11-01', '2026-04-01', '1 month') p;
 INSERT INTO ledger_hours (subject, meter, period_start, hour_start, total, overage, epoch, version)
 SELECT s, 'requests', date_trunc('month', h), h, extract(day FROM h), 0.5, 1, 9
-FROM unnest(ARRAY['s', 't']) s, generate_series(timestamptz '2025-11-30', '2026-04-02', '5 hours') h;
+FROM unnest(ARRAY['s', 't']) s,
+     generate_series(timestamptz '2025-11-30', '2026-04-02', '5 hours') h;
 INSERT INTO ledger_hours (subject, meter, period_start, hour_start, total, epoch, version)
 VALUES ('s', 'requests', '1999-12-01', '1999-12-31 23:00', 4, 1, 1),
        ('s', 'requests', '2000-01-01', '2000-01-01', 5, 1, 1),

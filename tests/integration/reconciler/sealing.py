@@ -1,4 +1,4 @@
-"""A world for tests of sealing: subscriptions, a clock that the test sets, the reconciler's parts."""
+"""A world for tests of sealing: subscriptions, a settable clock, the reconciler's parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ meters:
   seats: {aggregation: last}
 plans:
   small:
-    price: {base: "9", currency: eur, interval: month, meters: {credits: {included: 3, overage: "0.0000007"}}}
+    price:
+      {base: "9", currency: eur, interval: month,
+       meters: {credits: {included: 3, overage: "0.0000007"}}}
     limits:
       monthly: {period: billing, limit: 5, action: overage}
       paid: {meter: credits, period: billing, limit: 3, action: overage}

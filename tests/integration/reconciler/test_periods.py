@@ -38,17 +38,17 @@ def test_a_period_is_sealed_with_what_an_invoice_needs(valkey: str, database: st
         result = await w.seal_all()
         assert (result.closed, result.sealed, result.waiting) == (4, 4, 0)
 
-        credits, later = await w.sealed(s, "credits")
+        paid, later = await w.sealed(s, "credits")
         hours = (FIRST[1] - FIRST[0]) // HOUR_MS
-        assert credits["total"] == Decimal("7.28")
-        assert credits["overage"] == Decimal("4.28")
-        assert credits["overage_charge"] == Decimal("0.000002996")  # exact, 0.0000007 a credit
-        assert credits["currency"] == "eur"
-        assert credits["limit_quantity"] == 3  # the lowest; a shadow quota limits nothing
-        assert credits["limit_exceeded"] is True
-        assert credits["peak_hour"] == Decimal("4.16")
-        assert abs(credits["average_hour"] - Decimal("7.28") / hours) < Decimal("1e-15")
-        assert (credits["seals"], from_datetime(credits["sealed_at"])) == (1, DUE)
+        assert paid["total"] == Decimal("7.28")
+        assert paid["overage"] == Decimal("4.28")
+        assert paid["overage_charge"] == Decimal("0.000002996")  # exact, 0.0000007 a credit
+        assert paid["currency"] == "eur"
+        assert paid["limit_quantity"] == 3  # the lowest; a shadow quota limits nothing
+        assert paid["limit_exceeded"] is True
+        assert paid["peak_hour"] == Decimal("4.16")
+        assert abs(paid["average_hour"] - Decimal("7.28") / hours) < Decimal("1e-15")
+        assert (paid["seals"], from_datetime(paid["sealed_at"])) == (1, DUE)
         assert (later["start"], later["total"], later["sealed_at"]) == (FIRST[1], 0, None)
 
         requests, _ = await w.sealed(s)

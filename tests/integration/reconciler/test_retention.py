@@ -1,4 +1,4 @@
-"""Partitions of hours are there ahead; old months become days, and whoever reads sees no difference."""
+"""Partitions are there ahead; old months become days, and whoever reads sees no difference."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_a_month_is_locked_for_a_moment_or_not_at_all(valkey: str, database: str
         async with w.p.database.transaction() as reader:
             await reader.execute("consistent_read")
             await reader.execute("keep_hours")
-            with pytest.raises(StoreUnavailableError, match="drop_hours_partition.*lock"):
+            with pytest.raises(StoreUnavailableError, match=r"drop_hours_partition.*lock"):
                 await w.retain()
         assert await w.p.ledger(s) == before
         assert await w.rows("SELECT * FROM ledger_days") == []
