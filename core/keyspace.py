@@ -67,6 +67,10 @@ class Keyspace:
         """Text: the last numbered batch of a worker, a resolver or a spool that was applied."""
         return f"{PREFIX}:{{{shard}}}:w:{name}"
 
+    def claim(self, subject: str) -> str:
+        """Text: who rebuilds a subject that has no state; gone when it is rebuilt."""
+        return f"{PREFIX}:{{{self.shard(subject)}}}:c:{subject}"
+
     def ingested(self, shard: int) -> str:
         """Stream: usage events that were counted, until stored in Postgres."""
         return f"{PREFIX}:{{{shard}}}:ingested"

@@ -33,6 +33,7 @@
 -- @include includes/status.lua
 -- @include includes/rate.lua
 -- @include includes/usage.lua
+-- @include includes/admitted.lua
 
 local GCRA, FIXED, SLIDING, QUOTA, CONCURRENCY = 1, 2, 3, 4, 5
 local BLOCK, OVERAGE_ACTION = 0, 2
@@ -208,31 +209,7 @@ local function cross(s, i, row, before, used, from, to)
   s.fired[i] = highest
 end
 
--- Remembers what an admitted check charged until it is settled: `expiry admitted`, then for each
--- meter its name, the cost, start of period and hour, and where overage begins (-1: nowhere).
 local due = {} -- expiry, member pairs of one ZADD
-
-local function reserve(s, key, id, program, caps)
-  local expiry = now + program.reserve
-  local text = format('%d %d', expiry, now)
-  for k, m in ipairs(s.meters) do
-    local row = program.meters[k]
-    text = text .. format(' %s %d %d %d %d', row[1], row[3] == 1 and row[2] or 0, m.from, m.hour, caps[k] or -1)
-  end
-  s.reserved = s.reserved or {}
-  local n = #s.reserved
-  s.reserved[n + 1], s.reserved[n + 2] = 'v:' .. id, text
-  due[#due + 1] = expiry
-  due[#due + 1] = id .. ' ' .. key
-end
-
--- Hands a counted usage event on to the reconciler, and remembers its id until that has stored it.
-local function record_event(s, key, program, event_key, text)
-  local m = s.meters[1]
-  call('SET', event_key, now)
-  call('XADD', KEYS[5], '*', 'key', key, 'meter', program.meters[1][1], 'units', program.meters[1][2],
-    'at', now, 'start', m.from, 'hour', m.hour, 'event', text, 'memo', event_key)
-end
 
 local reply, r = { now }, 1
 local key_at, arg_at, last_arg = 6, 13 + program_count, #ARGV
@@ -351,9 +328,9 @@ while arg_at <= last_arg do
           local row = program.meters[k]
           charge(meters[k], row[3], row[2], over[k], caps[k])
         end
-        if program.reserve > 0 then reserve(s, key, ARGV[arg_at + 3], program, caps) end
+        if program.reserve > 0 then reserve(due, s, ARGV[arg_at + 3], caps, now) end
         if program.event then
-          record_event(s, key, program, KEYS[key_at + 1 + program.leases], ARGV[arg_at + 3])
+          record_event(KEYS[5], s, KEYS[key_at + 1 + program.leases], ARGV[arg_at + 3], now)
           s.status = DUPLICATE -- were it in this batch again
         end
         for k = 1, #program.calendars do

@@ -107,6 +107,7 @@ class Flusher:
     ) -> None:
         self._store = store
         self._database = database
+        self._keyspace = keyspace
         self._dirty_key = keyspace.dirty(shard)
         self._idle_key = keyspace.idle(shard)
         self._registry = registry
@@ -221,14 +222,14 @@ class Flusher:
         lost = 0
         for key, state in zip(keys, states, strict=True):
             if not state:
-                _log.error("state_lost", key=key, subject=subject_of(key))
+                _log.error("state_lost", subject=subject_of(key))
                 result.lost.append(key)
                 lost += 1
                 continue
             try:
                 read.append(read_state(key, state))
             except (ValueError, KeyError) as error:
-                _log.error("state_unreadable", key=key, reason=str(error))
+                _log.error("state_unreadable", subject=subject_of(key), reason=str(error))
                 result.unreadable.append(key)
         if lost and self._on_lost is not None:
             self._on_lost(lost)
@@ -239,7 +240,7 @@ class Flusher:
         for snapshot in read:
             if missing := unknown & snapshot.meters:
                 reason = f"no process declared the meter {', '.join(sorted(missing))}"
-                _log.error("state_unreadable", key=snapshot.key, reason=reason)
+                _log.error("state_unreadable", subject=snapshot.subject, reason=reason)
                 result.unreadable.append(snapshot.key)
         return [snapshot for snapshot in read if not unknown & snapshot.meters]
 
@@ -254,7 +255,7 @@ class Flusher:
             return await self._store_rows(snapshots, result)
         except (ConstraintError, ValueError, OverflowError) as error:
             if len(snapshots) == 1:
-                _log.error("state_refused", key=snapshots[0].key, reason=str(error))
+                _log.error("state_refused", subject=snapshots[0].subject, reason=str(error))
                 result.unreadable.append(snapshots[0].key)
                 return []
             half = len(snapshots) // 2
@@ -299,9 +300,10 @@ class Flusher:
 
     def _is_behind(self, snapshot: StateSnapshot, version: int, result: FlushResult) -> None:
         result.behind.append(snapshot.subject)
-        _log.error(
+        log = _log.error if self._repair is None else _log.warning  # it is about to be mended
+        log(
             "state_behind_ledger",
-            key=snapshot.key,
+            subject=snapshot.subject,
             epoch=snapshot.epoch,
             version=snapshot.version,
             ledger_version=version,
@@ -352,7 +354,9 @@ class Flusher:
             if row["counted"] > snapshot.epoch or row["version"] > snapshot.version:
                 self._is_behind(snapshot, row["version"], result)
                 continue
-            await self._store.run(self._seed, [snapshot.key], [snapshot.version, row["epoch"], 0])
+            keys = [snapshot.key, self._keyspace.claim(snapshot.subject), self._idle_key]
+            arguments = [snapshot.version, row["epoch"], 0, "", "", ""]
+            await self._store.run(self._seed, keys, arguments)
             _log.warning("epoch_passed_on", subject=snapshot.subject)
 
 

@@ -196,7 +196,7 @@ class Periods:
                 result.closed += closed
             else:
                 if status == _BROKEN:
-                    _log.error("state_unreadable", key=self._keyspace.state(subject))
+                    _log.error("state_unreadable", subject=subject)
                 continue
             flushed += [
                 (subject, row["meter"], row["period_start"])

@@ -9,9 +9,9 @@ a wiped Redis costs Postgres a few statements per hundred subjects, not one per 
 
 Steps of a run, and what a crash after each leaves behind:
   1. read the live states                 nothing
-  2. claim an epoch for those without     an epoch nobody uses; a state seeded by another process
-     one, or behind the ledger            meanwhile is refused by the ledger until it adopts that
-                                          epoch, which the reconciler makes it do
+  2. claim those without one in Redis,    an epoch nobody uses; a state seeded by another process
+     and an epoch for them and for those  meanwhile is refused by the ledger until it adopts that
+     behind the ledger                    epoch, which the reconciler makes it do
   3. read the ledger                      as 2
   4. write the states (lua/seed.lua)      seeded subjects; the others are cold as before
 """
@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from core import keyspace
+from core import ids, keyspace
 from core.admission.baseline import cold_fields, warm_fields
 from core.admission.ledger import Catalogue, Wanted, read_ledgers
 from core.admission.reopen import Lacking, closed_fields, missing, reserved_hours
@@ -40,6 +40,9 @@ _log = logs.get_logger()
 
 # Subjects a run takes at once: bounds its statements and how long a subject waits behind others.
 _MAX_RUN = 200
+# Longer than the ledger may take; what is left behind by a process that died is gone after it.
+_CLAIM_MS = 60_000
+_KEYSPACE = keyspace.Keyspace()
 
 
 @dataclass(slots=True)
@@ -76,12 +79,14 @@ class Seeder:
         catalogue: Callable[[], Catalogue],
         registry: MeterRegistry,
         on_seed: Callable[[str, int], None] | None = None,
+        space: keyspace.Keyspace = _KEYSPACE,
     ) -> None:
         self._redis = redis
         self._database = database
         self._registry = registry
         self._catalogue = catalogue
         self._script = load("seed")
+        self._keyspace = space
         self._waiting: dict[str, _Request] = {}
         self._task: asyncio.Task[None] | None = None
         self._on_seed = on_seed
@@ -203,6 +208,11 @@ class Seeder:
             verified = state.get(keyspace.RUN) == runs[subject]
             if not verified and _is_behind(state, row["stored"], row["version"]):
                 behind.add(subject)
+        cold = [request for request in requests if not states[request.subject]]
+        claim = ids.ulid()
+        if cold:
+            claims = [self._keyspace.claim(request.subject) for request in cold]
+            await self._redis.put_many(claims, claim, _CLAIM_MS)
         rebuilt = [subject for subject, state in states.items() if not state or subject in behind]
         if rebuilt:
             for row in await database.fetch("claim_epochs", rebuilt):
@@ -232,7 +242,10 @@ class Seeder:
             seen = state.get(keyspace.VERSION, "")
             mode = "replace" if subject in behind else ""
             pairs = [part for pair in fields.items() for part in pair]
-            calls.append(([request.key], [seen, epoch, version, request.run, mode, *pairs]))
+            space = self._keyspace
+            keys = [request.key, space.claim(subject), space.idle(space.shard(subject))]
+            held = "" if state else claim
+            calls.append((keys, [seen, epoch, version, request.run, mode, held, *pairs]))
         reach("seed.ledger_read")
         # Step 4
         answers = await self._redis.run_many(self._script, calls)

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from redis.asyncio import Redis, RedisCluster, Sentinel
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from core.errors import StoreUnavailableError, TallygateError
@@ -29,7 +30,8 @@ RUN_LENGTH = 16
 def connect(url: str, timeout_s: float) -> Client:
     """A client whose every wait (to connect, for an answer) is at most `timeout_s` seconds.
 
-    Replies are bytes. It does not retry: a repeated call is the caller's decision.
+    Replies are bytes. A call that finds its connection closed is made once more on another: a
+    server that was restarted closes all that are kept. So every call must be repeatable.
 
     Raises:
         TallygateError: the URL is no Redis URL. The message does not hold it.
@@ -37,8 +39,8 @@ def connect(url: str, timeout_s: float) -> Client:
     waits: dict[str, Any] = {
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
-        # The default is three more attempts with seconds between them.
-        "retry": Retry(NoBackoff(), 0),
+        # The default is three more attempts with seconds between them, after a time-out too.
+        "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
     }
     scheme, _, kind = url.partition("://")[0].partition("+")
     plain = scheme + url[url.index("://") :] if "://" in url else url

@@ -131,6 +131,14 @@ class Store:
             )
         return [member.decode() for member in rows]
 
+    async def put_many(self, keys: Sequence[str], text: str, ms: int) -> None:
+        """Sets each key to `text`, to vanish in so many ms."""
+        with self._translated():
+            pipeline = self._client.pipeline(transaction=False)
+            for key in keys:
+                pipeline.set(key, text, px=ms)
+            await pipeline.execute()
+
     async def expire_many(self, keys: Sequence[str], ms: int) -> None:
         """Lets keys vanish in so many ms; those that are not there stay so."""
         with self._translated():

@@ -88,8 +88,10 @@ class Settler:
             raise StoreUnavailableError("Redis took longer than the time-out") from None
 
     def refund(self, held: Reservation) -> None:
-        """There was nothing to charge for. Never waits, never fails: tried again while Redis is away,
-        and what this process takes with it expires."""
+        """There was nothing to charge for. Never waits, never fails.
+
+        Tried again while Redis is away; what this process takes with it expires.
+        """
         self._held.discard(held)
         self._queue(Operation(Kind.REFUND, held.subject, held.id), None)
 

@@ -66,7 +66,7 @@ def test_a_script_opens_with_its_contract_and_builds_no_key(name: str) -> None:
     assert "tg1" not in code
     for key in re.findall(r"call\('[A-Z]+', ([^,)]+)", code):
         assert re.fullmatch(
-            r"(KEYS\[[^]]+\]?.*|(s\.|o\.)?key|dirty_key|idle_key|events_key|event_key)", key
+            r"(KEYS\[[^]]+\]?.*|(s\.|o\.)?key|(dirty|idle|events|event|stream|claim)_key)", key
         ), key
     assert "os." not in code
     assert "math.random" not in code
@@ -109,6 +109,15 @@ def test_scripts_touch_only_the_keys_they_are_given(any_redis_url: str) -> None:
         event = keyspace.event("s", "e1")
         scripts.admit("s", usage, lease="{}", event="e1")
         slots = keyspace.leases("s", "slots")
+        # a period that has ended, closed and told
+        scripts.redis.hset(key, mapping={"p:requests": "1 2 0", "m:requests": "6 0 6 0 6"})
+        span = billing_period(0, 1, scripts.now_ms)
+        roll = scripts.scripts["roll"]
+        rolled = scripts.redis.evalsha(
+            roll.sha, 3, keyspace.dirty(0), keyspace.events(0), key,
+            *span, 0, 1, "requests", 1, "requests", "monthly", 5,
+        )  # fmt: skip
+        assert rolled == [0, 1, 0]
         release, acknowledge = scripts.scripts["release"], scripts.scripts["acknowledge"]
         scripts.redis.evalsha(release.sha, 2, slots, slots, "lease", 1_000, "lease", 0)
         scripts.redis.evalsha(release.sha, 1, slots, "held", 0)
@@ -123,15 +132,6 @@ def test_scripts_touch_only_the_keys_they_are_given(any_redis_url: str) -> None:
         scripts.redis.evalsha(
             evict.sha, 4, keyspace.dirty(0), keyspace.idle(0), key, slots, 2**42, 1
         )
-        # a period that has ended, closed and told
-        scripts.redis.hset(key, mapping={"p:requests": "1 2 0", "m:requests": "6 0 6 0 6"})
-        span = billing_period(0, 1, scripts.now_ms)
-        roll = scripts.scripts["roll"]
-        rolled = scripts.redis.evalsha(
-            roll.sha, 3, keyspace.dirty(0), keyspace.events(0), key,
-            *span, 0, 1, "requests", 1, "requests", "monthly", 5,
-        )  # fmt: skip
-        assert rolled == [0, 1, 0]
     finally:
         scripts.redis.echo("end-of-test")
         thread.join(10)
@@ -193,6 +193,7 @@ def test_types_and_layout_of_the_keys(scripts: Scripts) -> None:
         keyspace.dirty(0): "zset",
         keyspace.events(0): "stream",
         keyspace.sender(0, "test"): "string",
+        keyspace.idle(0): "zset",
     }
     assert sorted(scripts.state("s")) == sorted(
         [

@@ -49,6 +49,7 @@ def run(
     model = Metering(meters)
     time = Time(start)
     scripts.redis.flushdb()
+    scripts.at(start * 1000)
     kinds = [(meter, kind) for meter, found in calendars.items() for kind in found]
     scripts.seed("s", {f"q:{meter}:{kind}": "0 0 0" for meter, kind in kinds})
     plan = pool[0]

@@ -81,13 +81,17 @@ class Scripts:
         version: int = 0,
         run: str = RUN,
         mode: str = "",
+        claim: str = "",
     ) -> int:
         pairs: list[str | int] = []
         for name, value in (fields or {}).items():
             pairs += (name, value)
         script = self.scripts["seed"]
         key = self.keyspace.state(subject)
-        answer = self.redis.evalsha(script.sha, 1, key, expected, epoch, version, run, mode, *pairs)
+        keys = [key, self.keyspace.claim(subject), self.keyspace.idle(0)]
+        answer = self.redis.evalsha(
+            script.sha, 3, *keys, expected, epoch, version, run, mode, claim, *pairs
+        )
         assert isinstance(answer, int)
         return answer
 
