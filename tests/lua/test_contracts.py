@@ -137,7 +137,7 @@ def test_scripts_touch_only_the_keys_they_are_given(any_redis_url: str) -> None:
         thread.join(10)
     given = {key, slots, keyspace.dirty(0), keyspace.events(0), keyspace.sender(0, "test")}
     given |= {keyspace.due(0), keyspace.sender(0, "spool"), event, keyspace.ingested(0)}
-    given.add(keyspace.idle(0))
+    given |= {keyspace.idle(0), keyspace.claim("s")}
     touched = {command.split(" ")[1] for command in seen if command.upper() != "TIME"}
     assert touched == given
     assert listed <= given
