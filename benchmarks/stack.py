@@ -66,6 +66,7 @@ class Stack:
     upstream_port: int
     gateway_pids: list[int]
     valkey_pid: int
+    valkey_url: str
     keys: dict[str, list[str]]
 
 
@@ -141,7 +142,7 @@ def running(*, appendfsync: str, subscriptions: int, workers: int = 1) -> Iterat
             *("--listen", f"127.0.0.1:{gateway}"),
         )
         _wait(f"http://127.0.0.1:{gateway}/-/readyz")
-        yield Stack(gateway, upstream, _children(process.pid), valkey.pid or 0, keys)
+        yield Stack(gateway, upstream, _children(process.pid), valkey.pid or 0, valkey.url, keys)
 
 
 def _children(pid: int) -> list[int]:
