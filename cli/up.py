@@ -149,6 +149,7 @@ class _Up:
         from core.db.migrate import migrate  # lazily: drags the driver in
 
         self._env[KEY_PEPPER] = self._settings.key_pepper or self._data.secret("key-pepper")
+        self._env.setdefault(SPOOL_DIR, str(self._data.path / "spool"))
         self._leave_env()
         url = self._env[POSTGRES_URL]
         applied = await migrate(url)
@@ -165,13 +166,12 @@ class _Up:
 
     def _leave_env(self) -> None:
         """What `tallygate usage`, `keys`, … read in a second terminal; see `cli.context`."""
-        names = (REDIS_URL, POSTGRES_URL, KEY_PEPPER, UPSTREAM)
+        names = (REDIS_URL, POSTGRES_URL, KEY_PEPPER, UPSTREAM, SPOOL_DIR)
         found = {name: self._env[name] for name in names if name in self._env}
         write_private(self._data.path / ENV_FILE, json.dumps(found, indent=2) + "\n")
 
     def _start_processes(self) -> None:
         self._env["TALLYGATE_METRICS_DIR"] = str(self._data.fresh("metrics"))
-        self._env.setdefault(SPOOL_DIR, str(self._data.path / "spool"))
         find_own_packages(self._env)
         self._env["PYTHONUNBUFFERED"] = "1"
         port = self._settings.upstream_port

@@ -86,7 +86,7 @@ def read_settings(path: Path, environ: Mapping[str, str], upstream_port: int) ->
     """
     config = path.absolute()
     wanted = not environ.get(UPSTREAM) and UPSTREAM in config.read_text(errors="replace")
-    provided = dict.fromkeys(_PROVIDED, "")
+    provided = dict.fromkeys(_PROVIDED, "") | {SPOOL_DIR: "a directory of the data directory"}
     if wanted:
         provided[UPSTREAM] = f"http://127.0.0.1:{upstream_port}"
     given = {name: text for name, text in environ.items() if text}
