@@ -17,8 +17,8 @@
 
 local key, run = KEYS[1], ARGV[4] or ''
 local version = redis.call('HGET', key, 'ver')
+-- another version: somebody was faster
 local replaced = ARGV[5] == 'replace' and version == ARGV[1]
-  and redis.call('HGET', key, 'run') ~= run -- else somebody was faster
 if not version or replaced then
   -- What the caller brings completes a state that is gone: alone it would start from zero.
   if not version and ARGV[1] ~= '' then return 0 end
