@@ -198,7 +198,7 @@ local function look_up(o)
       o.expired = o.text and true
     end
     if not o.text then return GONE end
-  elseif not known then
+  elseif redis.call('HEXISTS', o.key, 'ver') == 0 then
     return COLD
   end
   if run ~= '' and known ~= run then return UNVERIFIED end

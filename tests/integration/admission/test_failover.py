@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
+from cli.embedded import EmbeddedValkey
+from core.admission.ingest import Ingest, Ingestor, UsageEvent
 from core.admission.program import compile_program
 from core.admission.reopen import Lacking
 from core.clock import from_datetime
@@ -16,6 +20,7 @@ from core.period import billing_period
 from core.policy import PeriodKind, Quota
 from reconciler.flush import Flusher, FlushResult
 from tests.integration.admission.stack import METERS, Stack, stack
+from tests.support import free_port, wait_until_async
 from tests.support.scripts import RUN, Scripts, plan_of
 
 NOW_MS = from_datetime(datetime(2026, 6, 17, 11, 20, tzinfo=UTC))
@@ -102,3 +107,52 @@ def test_a_verified_state_that_is_behind_is_repaired(
         assert await total(s) == 6
 
     run(valkey, database, check)
+
+
+def test_a_usage_event_is_never_counted_on_what_a_lagging_server_has(
+    database: str, server_dir: Path
+) -> None:
+    """Its states still say that they were verified in the run which the reporter knew."""
+
+    async def main(server: EmbeddedValkey) -> None:
+        async with stack(server.url, database, PLAN) as s:
+            key, flusher = s.keyspace.state("s"), Flusher(
+                s.store, s.database, s.keyspace, MeterRegistry(METERS)
+            )
+            ingestor = Ingestor(s.store, s.database, s.seeder, s.keyspace, METERS, {})
+
+            async def report(name: str) -> Ingest:
+                event = UsageEvent(name, "requests", Decimal(1), 0)
+                return (await ingestor.count("s", PLAN, 0, event)).outcome
+
+            assert await report("a") is Ingest.COUNTED
+            lagging = await s.store._client.hgetall(key)
+            for name in "bc":
+                assert await report(name) is Ingest.COUNTED
+            await flusher.flush_all()
+            server.kill()
+            server.start()
+            await wait_until_async(s.store.run_id, what="the store's reconnection")
+            await s.store._client.delete(key)
+            await s.store._client.hset(key, mapping=lagging)
+            assert await report("d") is Ingest.COUNTED
+            await flusher.flush_all()
+            assert await total(s) == 4
+
+    with EmbeddedValkey(server_dir / "v", port=free_port(), appendfsync="always") as server:
+        asyncio.run(main(server))
+
+
+@pytest.mark.parametrize("known", ["", "a run"])
+def test_where_nobody_may_ask_for_the_run_states_are_taken_as_they_are(
+    scripts: Scripts, known: str
+) -> None:
+    """Of an older release without that field, or verified by a process that may ask."""
+    scripts.redis.hdel(scripts.keyspace.state("s"), "run")
+    if known:
+        scripts.redis.hset(scripts.keyspace.state("s"), "run", known)
+    scripts.run = ""
+    hit(scripts, 1)
+    change = ("requests", 1, 3, *SPAN, NOW_MS, "")
+    assert scripts.settle(("adjust", "s", "", *change), sender="x", number=1, run="") == [1]
+    assert scripts.state("s")["m:requests"].split()[0] == "4"
