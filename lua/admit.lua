@@ -14,7 +14,9 @@
 -- ARGV  1        number of programs, P
 --       2..9     start and end of the current day, week, month, year (ms, UTC)
 --       10       time in ms after which the caller no longer waits
---       11       run of the server in which states must have been verified against the ledger
+--       11       run of the server in which states must have been verified against the ledger; '?' for
+--                this one, from a caller whose connections may lead to another one any time; '' to
+--                take any, where the user may not ask for it
 --       12       number of the caller's batch: recorded with what was admitted, so that a caller that
 --                never got the answer can learn it
 --       13..12+P programs, JSON: see core/admission/program.py
@@ -30,6 +32,7 @@
 --       ledger), DUPLICATE (a usage event that was counted). None of these counts anything.
 
 -- @include includes/clock.lua
+-- @include includes/run.lua
 -- @include includes/status.lua
 -- @include includes/rate.lua
 -- @include includes/usage.lua
@@ -44,7 +47,7 @@ local now = math.floor(now_us / 1000)
 local hour = now - now % HOUR
 local hour_text = format(' %d', hour)
 local dirty_key, events_key = KEYS[1], KEYS[2]
-local run = ARGV[11]
+local run = ARGV[11] == '?' and server_run() or ARGV[11]
 local program_count = tonumber(ARGV[1])
 local calendar = {}
 for i = 1, 8 do calendar[i] = tonumber(ARGV[i + 1]) end
@@ -75,7 +78,7 @@ local function open(key, key_at, program, from_text, to_text)
       s.status = COLD
       return s
     end
-    if values[2] ~= run then
+    if run ~= '' and values[2] ~= run then
       s.status = UNVERIFIED
       return s
     end

@@ -27,8 +27,8 @@
 local PAIRS = 7
 local key, claim_key, idle_key, run = KEYS[1], KEYS[2], KEYS[3], ARGV[4]
 local version = redis.call('HGET', key, 'ver')
+-- another version: somebody was faster
 local replaced = ARGV[5] == 'replace' and version == ARGV[1]
-  and redis.call('HGET', key, 'run') ~= run -- else somebody was faster
 if not version or replaced then
   -- What the caller brings completes a state that is gone: alone it would start from zero.
   if not version and ARGV[1] ~= '' then return 0 end

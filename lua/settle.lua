@@ -13,13 +13,14 @@
 -- ARGV  1        run in which states must have been verified, '' to take any
 --       2        number of this batch, growing from one batch of the sender to the next; '' for none
 --       then for each operation: kind, id, and count of numbers that follow; kinds are
---         1 confirm, 2 refund, 3 expire, 5 cost, each of the reservation `id`; 4 renew: ms;
+--         1 confirm: maybe the time in ms after which nobody waits for it; 2 refund, 3 expire, 5 cost,
+--         each of the reservation `id`; 4 renew: ms;
 --         6 adjust: no id. After 5 and 6 follow, a meter: name, aggregation (1 sum, 2 max, 3 last),
 --         units, period start, period end, time it was counted, and limit above which it is overage or
 --         ''. Of these, a cost only reads name and units.
 -- Returns -1 when the numbered batch was applied before; else for each operation 1 done, 0 there is
 --         no such reservation (any more), 2 COLD (state or closed hour or period is missing: restore it
---         from the ledger and send again), 6 UNVERIFIED. A numbered batch is applied whole or, when
+--         from the ledger and send again), 4 LATE, 6 UNVERIFIED. A numbered batch is applied whole or, when
 --         an operation is COLD or UNVERIFIED, not at all.
 
 -- @include includes/clock.lua
@@ -187,6 +188,8 @@ end
 
 -- Looks an operation up: the answer if there is nothing to change, or nil.
 local function look_up(o)
+  -- a call that waited in a stalled server must not charge for an answer that was not served
+  if o.kind == CONFIRM and o.numbers[1] and now > tonumber(o.numbers[1]) then return LATE end
   local known = call('HGET', o.key, 'run')
   if o.kind ~= ADJUST then
     o.text = call('HGET', o.key, 'v:' .. o.id)
@@ -195,7 +198,7 @@ local function look_up(o)
       o.expired = o.text and true
     end
     if not o.text then return GONE end
-  elseif not known then
+  elseif redis.call('HEXISTS', o.key, 'ver') == 0 then
     return COLD
   end
   if run ~= '' and known ~= run then return UNVERIFIED end

@@ -33,6 +33,9 @@ from core.redis.store import Store
 
 _MAX_TRIES = 6
 _NO_DEADLINE = 2**52  # an answer that comes late is still right: the id is remembered
+# No run that was learnt before: the next connection may lead to a server that came back with older
+# data, whose states still say that they were verified in it.
+_THIS_RUN = "?"
 LONGEST_ID = 255
 MOST_METADATA = 64 * 1024
 
@@ -95,7 +98,6 @@ class Ingestor:
         self._script = load("admit")
         self._sender = f"ingest-{ids.ulid()}"
         self._number = 0
-        self._run = ""
 
     async def count(self, subject: str, plan: Plan, anchor_ms: int, event: UsageEvent) -> Ingested:
         """Counts an event of a subscription on a plan.
@@ -116,8 +118,6 @@ class Ingestor:
         key = self._keyspace.state(subject)
         now_ms = await self._store.now_ms()
         for _ in range(_MAX_TRIES):
-            if not self._run:
-                self._run = await self._store.run_id()
             span = billing_period(anchor_ms, plan.interval_months, now_ms)
             numbers = await self._ask(program.text, subject, key, event.id, span, now_ms, text)
             now_ms, status = numbers[0], Verdict(numbers[1])
@@ -126,13 +126,9 @@ class Ingestor:
                 return Ingested(outcome, now_ms, span, _limits(program.limits, numbers))
             if status is Verdict.DUPLICATE:
                 return Ingested(Ingest.DUPLICATE, now_ms, span)
-            if status is Verdict.UNVERIFIED:
-                run = await self._store.run_id()
-                if run != self._run:  # it was us who had not noticed
-                    self._run = run
-                    continue
             if status in (Verdict.COLD, Verdict.UNVERIFIED):
-                await self._seeder.seed(subject, key, plan.limits, now_ms, self._run)
+                run = await self._store.run_id()
+                await self._seeder.seed(subject, key, plan.limits, now_ms, run)
             elif status is not Verdict.STALE:
                 raise StoreUnavailableError(f"the state of {subject} cannot be read")
         raise StoreUnavailableError("the subject's state kept changing; nothing was counted")
@@ -174,7 +170,7 @@ class Ingestor:
             key,
             keyspace.event(subject, name),
         ]
-        arguments: list[str | int] = [1, *calendar_bounds(now_ms), _NO_DEADLINE, self._run]
+        arguments: list[str | int] = [1, *calendar_bounds(now_ms), _NO_DEADLINE, _THIS_RUN]
         arguments += [self._number, program.decode(), 1, *span, text]
         numbers: list[int] = await self._store.run(self._script, keys, arguments)
         return numbers

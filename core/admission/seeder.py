@@ -10,8 +10,8 @@ a wiped Redis costs Postgres a few statements per hundred subjects, not one per 
 Steps of a run, and what a crash after each leaves behind:
   1. read the live states                 nothing
   2. claim those without one in Redis,    an epoch nobody uses; a state seeded by another process
-     and an epoch for them and for those  meanwhile is refused by the ledger until it adopts that
-     behind the ledger                    epoch, which the reconciler makes it do
+     and an epoch for them, for those to  meanwhile is refused by the ledger until it adopts that
+     be verified and those behind it      epoch, which the reconciler makes it do
   3. read the ledger                      as 2
   4. write the states (lua/seed.lua)      seeded subjects; the others are cold as before
 """
@@ -198,25 +198,24 @@ class Seeder:
         reach("seed.read")
         # Step 2
         warm = [subject for subject, state in states.items() if state]
-        epochs: dict[str, tuple[int, int]] = {}
         runs = {request.subject: request.run for request in requests}
-        behind: set[str] = set()
-        for row in await database.fetch("read_epochs", warm) if warm else ():
-            subject, state = row["subject"], states[row["subject"]]
-            epochs[subject] = row["epoch"], row["version"]
-            # one that is verified may merely have been read before its last flush
-            verified = state.get(keyspace.RUN) == runs[subject]
-            if not verified and _is_behind(state, row["stored"], row["version"]):
-                behind.add(subject)
-        cold = [request for request in requests if not states[request.subject]]
+        # Those to be verified too: a flush of what the server before this one had may be under way.
+        # After the claim it stores nothing, so what is compared is final.
+        doubtful = {s for s, state in states.items() if state.get(keyspace.RUN) != runs[s]}
+        cold = {subject for subject, state in states.items() if not state}
         claim = ids.ulid()
         if cold:
-            claims = [self._keyspace.claim(request.subject) for request in cold]
+            claims = [self._keyspace.claim(subject) for subject in cold]
             await self._redis.put_many(claims, claim, _CLAIM_MS)
+        epochs = await self._claim(database, cold | doubtful)
+        behind: set[str] = set()
+        for row in await database.fetch("read_epochs", warm) if warm else ():
+            subject = row["subject"]
+            epochs[subject] = row["epoch"], row["version"]
+            if _is_behind(states[subject], row["stored"], row["version"]):
+                behind.add(subject)
+        epochs |= await self._claim(database, behind - doubtful)
         rebuilt = [subject for subject, state in states.items() if not state or subject in behind]
-        if rebuilt:
-            for row in await database.fetch("claim_epochs", rebuilt):
-                epochs[row["subject"]] = row["epoch"], row["version"]
         reach("seed.claimed")
         # Step 3
         limits = await self._limits(database, requests, catalogue)
@@ -252,6 +251,14 @@ class Seeder:
         reach("seed.written")
         self.stats.conflicts += sum(1 for answer in answers if answer == 0)
         self._count(cold=len(states) - len(warm), warm=len(warm) - len(behind), behind=behind)
+
+    @staticmethod
+    async def _claim(database: Database, subjects: set[str]) -> dict[str, tuple[int, int]]:
+        """A new epoch for each, with the version of the ledger, which older epochs cannot change."""
+        if not subjects:
+            return {}
+        rows = await database.fetch("claim_epochs", sorted(subjects))
+        return {row["subject"]: (row["epoch"], row["version"]) for row in rows}
 
     def _count(self, cold: int, warm: int, behind: set[str]) -> None:
         self.stats.cold += cold
@@ -291,9 +298,13 @@ class Seeder:
 
 
 def _is_behind(state: Mapping[str, str], stored: int, version: int) -> bool:
-    """Whether the ledger has seen a later state than this: `stored` is the epoch of its rows."""
+    """Whether the ledger has seen a later state than this: `stored` is the epoch of its rows.
+
+    A state starts with the ledger's version, so a lower one is an older state whatever epoch it was
+    passed.
+    """
     epoch, own = int(state.get(keyspace.EPOCH, 0)), int(state.get(keyspace.VERSION, 0))
-    return epoch < stored or (epoch == stored and own < version)
+    return epoch < stored or own < version
 
 
 def _unavailable(error: BaseException) -> StoreUnavailableError:

@@ -43,6 +43,7 @@ class Settled(IntEnum):
     GONE = 0  # no such reservation: settled before, or lost with the state
     DONE = 1
     COLD = 2
+    LATE = 4  # a confirmation that nobody waits for any more: nothing is changed
     UNVERIFIED = 6
 
 
@@ -64,7 +65,7 @@ class Operation:
     """One settlement of a subject.
 
     `id` names the reservation; `changes` are an adjustment's, or the actual cost's, of which only
-    meter and units count; `ms` is a renewal's.
+    meter and units count; `ms` is a renewal's; after `deadline_ms`, unless 0, a confirmation is LATE.
     """
 
     kind: Kind
@@ -72,10 +73,13 @@ class Operation:
     id: str = ""
     changes: tuple[Change, ...] = ()
     ms: int = 0
+    deadline_ms: int = 0
 
     def arguments(self) -> list[str | int]:
         """What the script is told of it."""
         numbers: list[str | int] = [self.ms] if self.kind is Kind.RENEW else []
+        if self.deadline_ms:
+            numbers.append(self.deadline_ms)
         for c in self.changes:
             cap = "" if c.cap is None else c.cap
             numbers += (c.meter, _AGGREGATION[c.aggregation], c.units, c.start_ms, c.end_ms)
@@ -109,7 +113,7 @@ class Settlement:
         self._script = load("settle")
 
     async def settle(self, operations: Sequence[Operation], run: str) -> list[Settled]:
-        """Settles reservations; what became of each, DONE or GONE.
+        """Settles reservations; what became of each, DONE, GONE or LATE.
 
         Raises:
             StoreUnavailableError: a store did not answer; what was done may be sent again.

@@ -108,6 +108,7 @@ class Batcher:
         self._script = script
         self._keyspace = keyspace
         self._shard = shard
+        self._max_in_flight = max_in_flight
         self._new_sender()
         self._number = 0
         self.run = ""  # of the server connected to last
@@ -115,7 +116,6 @@ class Batcher:
         self._timeout_s = timeout_s
         self._timeout_ms = max(1, round(timeout_s * 1000))
         self._max_batch = max_batch
-        self._max_in_flight = max_in_flight
         self._on_batch = on_batch
         self._on_error = on_error
         self._now_ms = now_ms
@@ -134,13 +134,19 @@ class Batcher:
         """Another record for the batches to come: a lost one must not be written over."""
         self._sender = ids.ulid()
         keyspace, shard = self._keyspace, self._shard
-        self._shard_keys = (
-            keyspace.dirty(shard),
-            keyspace.events(shard),
-            keyspace.due(shard),
-            keyspace.sender(shard, self._sender),
-            keyspace.ingested(shard),
-        )
+        # One record for each batch that can be under way: they follow each other, so none is
+        # written over before its answer is here.
+        self._records = [f"{self._sender}:{n}" for n in range(self._max_in_flight)]
+        self._shard_keys = [
+            (
+                keyspace.dirty(shard),
+                keyspace.events(shard),
+                keyspace.due(shard),
+                keyspace.sender(shard, record),
+                keyspace.ingested(shard),
+            )
+            for record in self._records
+        ]
 
     # Life cycle
 
@@ -278,7 +284,9 @@ class Batcher:
             calendar = self._calendar = calendar_bounds(now_ms)
         programs: dict[int, int] = {}
         texts: list[bytes] = []
-        keys: list[str] = [*self._shard_keys]
+        self._number += 1
+        slot = self._number % self._max_in_flight
+        keys: list[str] = [*self._shard_keys[slot]]
         arguments: list[int | str] = []
         groups = _grouped(batch)
         for group in groups:
@@ -293,8 +301,8 @@ class Batcher:
         batch = [check for group in groups for check in group]  # the order of the answers
         started = clock.monotonic()
         self._in_flight += 1
-        self._number += 1
-        sent = Unresolved(self._sender, self._number, now_ms + self._timeout_ms, tuple(batch))
+        deadline_ms = now_ms + self._timeout_ms
+        sent = Unresolved(self._records[slot], self._number, deadline_ms, tuple(batch))
         reply = connection.execute(
             "EVAL" if again else "EVALSHA",
             self._script.source if again else self._script.sha,
@@ -375,7 +383,7 @@ class Batcher:
                 connection.close(str(error))
             return
         # Before anybody is told: what follows may be the end of this process.
-        if self._sender == sent.sender:
+        if sent.sender in self._records:
             self._new_sender()
         if self._on_unresolved is not None:
             self._on_unresolved(sent)

@@ -7,7 +7,7 @@ it: what is served is charged, and what is charged is served.
 from __future__ import annotations
 
 from core.errors import StoreUnavailableError
-from gateway.admission.settler import Reservation, Settler
+from gateway.admission.settler import Reservation, ReservationLost, Settler
 from gateway.outage.decide import Outage
 from gateway.outage.entries import confirmed
 
@@ -46,6 +46,8 @@ class Charge:
         if held is not None:
             try:
                 await self._settler.confirm(held)
+            except ReservationLost:
+                raise  # a state that was lost or restored: there is nothing to confirm later either
             except StoreUnavailableError:
                 await self._outage.write(confirmed(held.subject, held.id))
         elif entry:

@@ -5,7 +5,8 @@ the answer leaves for the client, so what was served is charged, and refunded wh
 to charge for. What is neither, because this worker was killed, expires and is taken back. Those of
 long requests are renewed here, on one timer for all of them.
 
-Settlements that are asked for while a call is under way form the next one.
+Settlements that are asked for while a call is under way form the next one. Confirmations, which
+answers wait for, go apart from the rest: a refund may have to wait for the ledger.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from core import clock
-from core.admission.settlement import Kind, Operation, Settlement
+from core.admission.settlement import Kind, Operation, Settled, Settlement
 from core.errors import StoreUnavailableError
 from core.telemetry import logs
 
@@ -28,6 +29,19 @@ _BATCH = 256
 # Refunds that wait for Redis; beyond that their reservations expire.
 _MAX_AGAIN = 10_000
 _RENEWALS = 3  # a reservation is renewed when this part of it has passed
+
+
+class ReservationLost(StoreUnavailableError):
+    """Redis does not know the reservation any more, so it cannot be charged: do not serve."""
+
+
+_Waiter = tuple[Operation, "asyncio.Future[None] | None"]
+
+
+@dataclass(slots=True)
+class _Lane:
+    pending: list[_Waiter] = field(default_factory=list)
+    sending: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +57,8 @@ class Reservation:
 class Settler:
     """All reservations of this process. `run()` is the run of the Redis connected to, or None.
 
-    A confirmation is waited for `timeout_s` at most: a stalled Redis must not stall answers.
+    A confirmation is waited for `timeout_s` at most: a stalled Redis must not stall answers. Nor
+    does it charge later for what was not served then, given `redis_now_ms()`.
     """
 
     def __init__(
@@ -52,15 +67,16 @@ class Settler:
         run: Callable[[], str | None],
         timeout_s: float = 0.05,
         on_settled: Callable[[str, int], None] | None = None,
+        redis_now_ms: clock.Clock | None = None,
     ) -> None:
         self._settlement = settlement
         self._run = run
         self._timeout_s = timeout_s
         self._on_settled = on_settled
+        self._redis_now_ms = redis_now_ms
         self._held: set[Reservation] = set()
-        self._pending: list[tuple[Operation, asyncio.Future[None] | None]] = []
+        self._confirms, self._others = _Lane(), _Lane()
         self._again: list[Operation] = []  # refunds that Redis did not take
-        self._sending: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
     def hold(self, name: str, subject: str, ms: int) -> Reservation:
@@ -74,13 +90,18 @@ class Settler:
         """The answer is charged: durable when this returns.
 
         Raises:
+            ReservationLost: there is nothing to charge any more.
             StoreUnavailableError: Redis did not answer; whether it is charged is not known.
         """
         self._held.discard(held)
         if self._run() is None:
             raise StoreUnavailableError("Redis is not connected")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue(Operation(Kind.CONFIRM, held.subject, held.id), future)
+        deadline_ms = 0
+        if self._redis_now_ms is not None:
+            deadline_ms = self._redis_now_ms() + max(1, round(self._timeout_s * 1000))
+        confirm = Operation(Kind.CONFIRM, held.subject, held.id, deadline_ms=deadline_ms)
+        self._queue(confirm, future)
         try:
             async with asyncio.timeout(self._timeout_s):
                 await future
@@ -105,36 +126,43 @@ class Settler:
             self._sweeper.cancel()
             with suppress(asyncio.CancelledError):
                 await self._sweeper
-        if self._sending is not None:
-            await self._sending
+        for lane in (self._confirms, self._others):
+            if lane.sending is not None:
+                await lane.sending
 
     def _queue(self, operation: Operation, future: asyncio.Future[None] | None) -> None:
-        self._pending.append((operation, future))
-        if self._sending is None or self._sending.done():
-            self._sending = asyncio.create_task(self._send())
+        lane = self._others if future is None else self._confirms
+        lane.pending.append((operation, future))
+        if lane.sending is None or lane.sending.done():
+            lane.sending = asyncio.create_task(self._send(lane))
 
-    async def _send(self) -> None:
-        while self._pending:
-            batch, self._pending = self._pending[:_BATCH], self._pending[_BATCH:]
+    async def _send(self, lane: _Lane) -> None:
+        while lane.pending:
+            batch, lane.pending = lane.pending[:_BATCH], lane.pending[_BATCH:]
+            # whoever stopped waiting does not serve
+            batch = [item for item in batch if item[1] is None or not item[1].done()]
+            if not batch:
+                continue
             error: BaseException | None = None
+            found: list[Settled] = []
             run = self._run()
             try:
                 if run is None:
                     raise StoreUnavailableError("Redis is not connected")
-                await self._settlement.settle([operation for operation, _ in batch], run)
+                found = await self._settlement.settle([operation for operation, _ in batch], run)
             except StoreUnavailableError as failure:
                 error = failure
             except Exception as failure:
                 _log.exception("settlement_failed")
                 error = StoreUnavailableError(f"the settlement failed: {failure!r}")
             except BaseException:
-                self._tell(batch, StoreUnavailableError("shutting down"))
+                self._tell(batch, [], StoreUnavailableError("shutting down"))
                 raise
-            self._tell(batch, error)
+            self._tell(batch, found, error)
             if error is not None:
                 self._keep(batch)
 
-    def _keep(self, batch: list[tuple[Operation, asyncio.Future[None] | None]]) -> None:
+    def _keep(self, batch: list[_Waiter]) -> None:
         lost = [operation for operation, _ in batch if operation.kind is Kind.REFUND]
         self._again = (self._again + lost)[:_MAX_AGAIN]
         self._watch()
@@ -144,21 +172,23 @@ class Settler:
             self._sweeper = asyncio.create_task(self._sweep())
 
     def _tell(
-        self,
-        batch: list[tuple[Operation, asyncio.Future[None] | None]],
-        error: BaseException | None,
+        self, batch: list[_Waiter], found: list[Settled], error: BaseException | None
     ) -> None:
         if self._on_settled is not None:
             for kind in {operation.kind for operation, _ in batch}:
                 count = sum(operation.kind is kind for operation, _ in batch)
                 self._on_settled("lost" if error else kind.name.lower(), count)
-        for _, future in batch:
+        for at, (_, future) in enumerate(batch):
             if future is None or future.done():
                 continue
-            if error is None:
-                future.set_result(None)
-            else:
+            if error is not None:
                 future.set_exception(error)
+            elif found[at] is Settled.DONE:
+                future.set_result(None)
+            elif found[at] is Settled.LATE:
+                future.set_exception(StoreUnavailableError("Redis took longer than the time-out"))
+            else:
+                future.set_exception(ReservationLost("the reservation is gone"))
 
     async def _sweep(self) -> None:
         while self._held or self._again:

@@ -131,7 +131,12 @@ async def stack(
     seeder = Seeder(store, database, lambda: catalogue, MeterRegistry(METERS))
     leases = Leases(store)
     settlement = Settlement(store, seeder, keyspace)
-    settler = Settler(settlement, lambda: batcher.connected_run, timeout_s)
+    settler = Settler(
+        settlement,
+        lambda: batcher.connected_run,
+        timeout_s,
+        redis_now_ms=batcher.redis_now_ms,
+    )
     journal = journal or MemoryJournal()
     outage = Outage(journal, lambda: METERS)
     limiter = Limiter(batcher, seeder, leases, keyspace, settler, outage)

@@ -1,0 +1,86 @@
+"""What is served is charged, and what is charged is served, on routes that charge for answers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.embedded import EmbeddedValkey
+from core.errors import StoreUnavailableError
+from core.policy import PeriodKind, Quota
+from gateway.admission.charge import Charge
+from gateway.admission.settler import ReservationLost
+from tests.integration.admission.stack import Stack, Subscription, stack
+from tests.support import free_port
+from tests.support.scripts import plan_of
+
+PLAN = plan_of(Quota("monthly", "requests", 10**6, PeriodKind.BILLING))
+
+
+async def admit(s: Stack, subject: str) -> Charge:
+    admission = s.admission(PLAN, reserve_ms=60_000)
+    decision = await s.limiter.admit(admission, Subscription(subject), f"id-{subject}")
+    assert decision.charge is not None
+    return decision.charge
+
+
+async def state(s: Stack, subject: str) -> dict[str, str]:
+    return (await s.store.hgetall_many([s.keyspace.state(subject)]))[0]
+
+
+def test_what_redis_does_not_know_any_more_is_not_served(valkey: str, database: str) -> None:
+    async def main() -> None:
+        async with stack(valkey, database, PLAN) as s:
+            charge = await admit(s, "s")
+            await s.store._client.delete(s.keyspace.state("s"))
+            with pytest.raises(ReservationLost):
+                await charge.answered(200)
+
+    asyncio.run(main())
+
+
+def test_a_refund_that_waits_for_the_ledger_holds_no_answer_up(valkey: str, database: str) -> None:
+    async def main() -> None:
+        async with stack(valkey, database, PLAN) as s:
+            refunded, charged = await admit(s, "a"), await admit(s, "b")
+            # of a server that restarted: to be compared with a ledger that does not answer
+            await s.store._client.hset(s.keyspace.state("a"), "run", "before")
+            answers = asyncio.Event()
+
+            async def restore(*_: Any) -> None:
+                await answers.wait()
+
+            s.seeder.restore = restore  # type: ignore[method-assign]
+            refunded.give_back()
+            await charged.answered(200)
+            assert "v:id-b" not in await state(s, "b")
+            assert "v:id-a" in await state(s, "a")
+            await s.store._client.hset(s.keyspace.state("a"), "run", s.batcher.run)
+            answers.set()
+
+    asyncio.run(main())
+
+
+def test_a_stalled_server_charges_nothing_later(database: str, server_dir: Path) -> None:
+    async def main(server: EmbeddedValkey) -> None:
+        async with stack(server.url, database, PLAN, timeout_s=0.5) as s:
+            s.settler._timeout_s = 0.05
+            charge = await admit(s, "s")
+            os.kill(server.pid, signal.SIGSTOP)
+            try:
+                with pytest.raises(StoreUnavailableError):
+                    await charge.answered(200)
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+            sending = s.settler._confirms.sending
+            assert sending is not None
+            await sending
+            assert "v:id-s" in await state(s, "s")  # it will expire
+
+    with EmbeddedValkey(server_dir / "v", port=free_port()) as server:
+        asyncio.run(main(server))
