@@ -131,6 +131,7 @@ class Gateway:
             run,
             timeout_s=settings.redis.timeout_ms / 1000,
             on_settled=lambda kind, count: self.metrics.settlements.labels(kind).inc(count),
+            redis_now_ms=self._batcher.redis_now_ms,
         )
         self._replay = Replay(
             self._journal,

@@ -14,6 +14,7 @@
 --       2        number of this batch, growing from one batch of the sender to the next; '' for none
 --       then for each operation: kind, id, and count of numbers that follow; kinds are
 --         1 confirm, 2 refund, 3 expire, 5 cost, each of the reservation `id`; 4 renew: ms;
+--         1 may have the time in ms after which nobody waits for it any more;
 --         6 adjust: no id. After 5 and 6 follow, a meter: name, aggregation (1 sum, 2 max, 3 last),
 --         units, period start, period end, time it was counted, and limit above which it is overage or
 --         ''. Of these, a cost only reads name and units.
@@ -195,6 +196,8 @@ local function look_up(o)
       o.expired = o.text and true
     end
     if not o.text then return GONE end
+    -- a call that waited in a stalled server must not charge for what was answered 503
+    if o.kind == CONFIRM and o.numbers[1] and now > tonumber(o.numbers[1]) then return LATE end
   elseif not known then
     return COLD
   end

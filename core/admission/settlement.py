@@ -43,6 +43,7 @@ class Settled(IntEnum):
     GONE = 0  # no such reservation: settled before, or lost with the state
     DONE = 1
     COLD = 2
+    LATE = 3  # a confirmation after the time until which it was waited for; nothing was done
     UNVERIFIED = 6
 
 
@@ -64,7 +65,8 @@ class Operation:
     """One settlement of a subject.
 
     `id` names the reservation; `changes` are an adjustment's, or the actual cost's, of which only
-    meter and units count; `ms` is a renewal's.
+    meter and units count; `ms` is a renewal's, or the time until which a confirmation is waited for
+    by Redis' clock, 0 for ever.
     """
 
     kind: Kind
@@ -75,7 +77,7 @@ class Operation:
 
     def arguments(self) -> list[str | int]:
         """What the script is told of it."""
-        numbers: list[str | int] = [self.ms] if self.kind is Kind.RENEW else []
+        numbers: list[str | int] = [self.ms] if self.ms else []
         for c in self.changes:
             cap = "" if c.cap is None else c.cap
             numbers += (c.meter, _AGGREGATION[c.aggregation], c.units, c.start_ms, c.end_ms)
@@ -109,7 +111,7 @@ class Settlement:
         self._script = load("settle")
 
     async def settle(self, operations: Sequence[Operation], run: str) -> list[Settled]:
-        """Settles reservations; what became of each, DONE or GONE.
+        """Settles reservations; what became of each, DONE, GONE or LATE.
 
         Raises:
             StoreUnavailableError: a store did not answer; what was done may be sent again.

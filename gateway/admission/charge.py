@@ -47,7 +47,11 @@ class Charge:
             try:
                 await self._settler.confirm(held)
             except StoreUnavailableError:
-                await self._outage.write(confirmed(held.subject, held.id))
+                try:
+                    await self._outage.write(confirmed(held.subject, held.id))
+                except StoreUnavailableError:
+                    self._settler.refund(held)  # it is not served
+                    raise
         elif entry:
             await self._outage.write(entry)
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from core import clock
-from core.admission.settlement import Kind, Operation, Settlement
+from core.admission.settlement import Kind, Operation, Settled, Settlement
 from core.errors import StoreUnavailableError
 from core.telemetry import logs
 
@@ -41,7 +41,8 @@ class Reservation:
 class Settler:
     """All reservations of this process. `run()` is the run of the Redis connected to, or None.
 
-    A confirmation is waited for `timeout_s` at most: a stalled Redis must not stall answers.
+    A confirmation is waited for `timeout_s` at most: a stalled Redis must not stall answers. After
+    that it does nothing when Redis wakes up; `redis_now_ms` is our guess of Redis' clock.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class Settler:
         run: Callable[[], str | None],
         timeout_s: float = 0.05,
         on_settled: Callable[[str, int], None] | None = None,
+        redis_now_ms: clock.Clock = clock.now_ms,
     ) -> None:
         self._settlement = settlement
+        self._redis_now_ms = redis_now_ms
         self._run = run
         self._timeout_s = timeout_s
         self._on_settled = on_settled
@@ -78,7 +81,8 @@ class Settler:
         if self._run() is None:
             raise StoreUnavailableError("Redis is not connected")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue(Operation(Kind.CONFIRM, held.subject, held.id), future)
+        until_ms = self._redis_now_ms() + round(self._timeout_s * 1000)
+        self._queue(Operation(Kind.CONFIRM, held.subject, held.id, ms=until_ms), future)
         try:
             async with asyncio.timeout(self._timeout_s):
                 await future
@@ -112,37 +116,41 @@ class Settler:
         while self._pending:
             batch, self._pending = self._pending[:_BATCH], self._pending[_BATCH:]
             error: BaseException | None = None
+            found: list[Settled] = []
             run = self._run()
             try:
                 if run is None:
                     raise StoreUnavailableError("Redis is not connected")
-                await self._settlement.settle([operation for operation, _ in batch], run)
+                found = await self._settlement.settle([operation for operation, _ in batch], run)
             except StoreUnavailableError as failure:
                 error = failure
             except Exception as failure:
                 _log.exception("settlement_failed")
                 error = StoreUnavailableError(f"the settlement failed: {failure!r}")
             except BaseException:
-                self._tell(batch, StoreUnavailableError("shutting down"))
+                self._tell(batch, [], StoreUnavailableError("shutting down"))
                 raise
-            self._tell(batch, error)
+            self._tell(batch, found, error)
 
     def _tell(
         self,
         batch: list[tuple[Operation, asyncio.Future[None] | None]],
+        found: list[Settled],
         error: BaseException | None,
     ) -> None:
         if self._on_settled is not None:
             for kind in {operation.kind for operation, _ in batch}:
                 count = sum(operation.kind is kind for operation, _ in batch)
                 self._on_settled("lost" if error else kind.name.lower(), count)
-        for _, future in batch:
+        for at, (_, future) in enumerate(batch):
             if future is None or future.done():
                 continue
-            if error is None:
-                future.set_result(None)
-            else:
+            if error is not None:
                 future.set_exception(error)
+            elif found[at] is Settled.LATE:
+                future.set_exception(StoreUnavailableError("Redis took longer than the time-out"))
+            else:
+                future.set_result(None)
 
     async def _sweep(self) -> None:
         while self._held:

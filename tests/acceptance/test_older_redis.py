@@ -160,7 +160,8 @@ def test_a_state_evicted_before_it_was_flushed_is_survived_and_reported(
     # three are lost, as is said; the quota goes on from what the ledger has
     wait_until(lambda: stack.metric("tallygate_states_lost_total") == 1, what="reported")
     assert stack.reconciler is not None
-    told = [json.loads(line) for line in stack.reconciler.output.splitlines() if "state_lost" in line]
+    output = stack.reconciler.wait_for_output("state_lost")
+    told = [json.loads(line) for line in output.splitlines() if "state_lost" in line]
     assert [line["subject"] for line in told] == [who.id]
     assert use(stack, who, LIMIT) == [200] * (LIMIT - 10) + [429] * 10
     stack.flushed(who, LIMIT)
