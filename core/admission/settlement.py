@@ -65,7 +65,8 @@ class Operation:
     """One settlement of a subject.
 
     `id` names the reservation; `changes` are an adjustment's, or the actual cost's, of which only
-    meter and units count; `ms` is a renewal's; after `deadline_ms`, unless 0, a confirmation is LATE.
+    meter and units count; `ms` is a renewal's; after `deadline_ms`, unless 0, a confirmation is
+    LATE.
     """
 
     kind: Kind

@@ -9,6 +9,7 @@ Connections open when they are first used, so a Redis that is down is no error h
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -17,6 +18,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from core.errors import StoreUnavailableError, TallygateError
 
@@ -25,6 +27,9 @@ Client = Redis | RedisCluster
 _SENTINEL_PORT = 26_379
 # Of 40 hexadecimal digits: enough to tell servers apart, and it stands in every subject's state.
 RUN_LENGTH = 16
+# Notices of a vendor's service. While they are wanted, redis-py takes a connection that the server
+# has closed for a good one: after a restart of Redis, the first call on each would fail.
+_MAINTENANCE = "maint_notifications_config"
 
 
 def connect(url: str, timeout_s: float) -> Client:
@@ -42,14 +47,17 @@ def connect(url: str, timeout_s: float) -> Client:
         # The default is three more attempts with seconds between them, after a time-out too.
         "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
     }
+    quiet: dict[str, Any] = {}
+    if _MAINTENANCE in signature(Redis.__init__).parameters:
+        quiet[_MAINTENANCE] = MaintNotificationsConfig(enabled=False)
     scheme, _, kind = url.partition("://")[0].partition("+")
     plain = scheme + url[url.index("://") :] if "://" in url else url
     try:
         if kind == "cluster":
-            return RedisCluster.from_url(plain, **waits)
+            return RedisCluster.from_url(plain, **waits, **quiet)
         if kind == "sentinel":
             return _sentinel(plain, scheme == "rediss", waits)
-        return Redis.from_url(plain, **waits)
+        return Redis.from_url(plain, **waits, **quiet)
     except (ValueError, RedisError) as error:
         raise TallygateError(
             "redis.url: not a Redis URL; it looks like redis://:password@host:6379/0"

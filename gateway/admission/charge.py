@@ -49,7 +49,11 @@ class Charge:
             except ReservationLost:
                 raise  # a state that was lost or restored: there is nothing to confirm later either
             except StoreUnavailableError:
-                await self._outage.write(confirmed(held.subject, held.id))
+                try:
+                    await self._outage.write(confirmed(held.subject, held.id))
+                except StoreUnavailableError:
+                    self._settler.refund(held)  # it is not served
+                    raise
         elif entry:
             await self._outage.write(entry)
 

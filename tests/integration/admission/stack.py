@@ -110,6 +110,7 @@ async def stack(
     max_in_flight: int = 1,
     now_ms: clock.Clock = clock.now_ms,
     journal: Journal | None = None,
+    meters: Mapping[str, Meter] = METERS,
 ) -> AsyncIterator[Stack]:
     """Calendar counters are those of `plans`; the time-out is long, as the machine may be busy."""
     keyspace = Keyspace()
@@ -127,8 +128,8 @@ async def stack(
     )
     await batcher.start()
     calendars = calendar_use(plans)
-    catalogue = Catalogue(METERS, calendars)
-    seeder = Seeder(store, database, lambda: catalogue, MeterRegistry(METERS))
+    catalogue = Catalogue(meters, calendars)
+    seeder = Seeder(store, database, lambda: catalogue, MeterRegistry(meters))
     leases = Leases(store)
     settlement = Settlement(store, seeder, keyspace)
     settler = Settler(

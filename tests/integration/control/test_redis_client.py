@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis, RedisCluster
 
+from cli.embedded import EmbeddedValkey
 from core.errors import StoreUnavailableError, TallygateError
 from core.redis import client
 from tests.support import free_port
@@ -53,3 +55,23 @@ def test_no_redis_url_is_an_error_that_does_not_repeat_it(url: str) -> None:
     with pytest.raises(TallygateError) as caught:
         client.connect(url, 1)
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_server_that_was_restarted_is_found_by_the_first_call(server_dir: Path) -> None:
+    """On a connection that is in the pool, and that the server has closed meanwhile."""
+
+    async def check(server: EmbeddedValkey) -> None:
+        connection = client.connect(server.url, 5.0)
+        try:
+            for _ in range(2):
+                await client.ping(connection)
+                server.stop()
+                server.restart()
+                for _ in range(10):  # the loop looks at its sockets
+                    await asyncio.sleep(0)
+                await client.ping(connection)
+        finally:
+            await connection.aclose()
+
+    with EmbeddedValkey(server_dir / "v", port=free_port()) as server:
+        asyncio.run(check(server))
