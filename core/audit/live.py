@@ -216,17 +216,24 @@ class LiveAudit:
         self, suspects: Sequence[LiveState], stored: _Stored, result: Comparison
     ) -> None:
         # 4. hash again, after the ledger
+        run = await self._store.run_id()
         unread = Comparison()  # whatever cannot be read now was told, or will be by the next audit
         for state in await self._read([state.key for state in suspects], unread):
             epoch, version = stored.versions[state.subject]
             if state.epoch > epoch or state.version >= version:
                 continue  # flushed, or repaired, between the two reads
+            decides = not run or state.run == run
             drift = Drift(
-                Cause.REDIS_BEHIND,
+                Cause.REDIS_BEHIND if decides else Cause.REDIS_OLDER,
                 state.subject,
                 f"{state.subject}: Redis has version {state.version} and the ledger {version}: "
-                "an older copy of Redis' data came back, so its limits admit again what was "
-                "used up before; the ledger and what is billed are right",
+                "an older copy of Redis' data came back"
+                + (
+                    " while the server ran, so its limits admit again what was used up before; "
+                    "the ledger and what is billed are right"
+                    if decides
+                    else "; the ledger's takes its place at its next request"
+                ),
                 expected=Decimal(version),
                 found=Decimal(state.version),
             )

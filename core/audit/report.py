@@ -17,7 +17,8 @@ class Cause(StrEnum):
     SEALED_CHANGED = "sealed_changed"  # a period that was written after it was sealed
     EVENT_EXCESS = "event_excess"  # more in usage events than in the hour they were counted in
     EVENT_MISSING = "event_missing"  # less, although nothing but events is counted there
-    REDIS_BEHIND = "redis_behind"  # Redis is older than the ledger
+    REDIS_BEHIND = "redis_behind"  # Redis is older than the ledger, and decides
+    REDIS_OLDER = "redis_older"  # older, and replaced before it decides anything
     REDIS_AHEAD_NOT_DIRTY = "redis_ahead_not_dirty"  # newer, and would never be flushed
     REDIS_DIFFERS = "redis_differs"  # of the same version, with other numbers
     STATE_UNREADABLE = "state_unreadable"  # a state that no flush can store
@@ -25,7 +26,7 @@ class Cause(StrEnum):
     RESEALED = "resealed"  # a period that changed after it was sealed, and was sealed again
 
 
-NOTES = frozenset({Cause.NEGATIVE_TOTAL, Cause.RESEALED})
+NOTES = frozenset({Cause.NEGATIVE_TOTAL, Cause.REDIS_OLDER, Cause.RESEALED})
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ class LiveState:
     epoch: int
     version: int
     rows: tuple[LiveRow, ...]
+    run: str = ""  # of the server in which it was compared with the ledger
 
     @property
     def meters(self) -> frozenset[str]:
@@ -69,4 +70,5 @@ def parse(key: str, state: Mapping[str, str]) -> LiveState:
             raise ValueError(f"it has no field {name}") from None
         except ValueError:
             raise ValueError(f"its field {name} reads {state[name]!r}") from None
-    return LiveState(keyspace.subject_of(key), key, numbers[0], numbers[1], tuple(rows))
+    run = state.get(keyspace.RUN, "")
+    return LiveState(keyspace.subject_of(key), key, numbers[0], numbers[1], tuple(rows), run)
