@@ -6,6 +6,8 @@ import random
 import time
 from collections.abc import Sequence
 
+import psutil
+
 from tests.faults.check import check
 from tests.faults.faults import FAULTS, Planned, Skip, available, schedule
 from tests.faults.history import Happened, Request, Round
@@ -121,7 +123,7 @@ def _inject(world: World, planned: Sequence[Planned], round_: Round) -> None:
             start = time.monotonic()
             try:
                 started[number] = fault.begin(world, planned[number]), start
-            except Skip as reason:
+            except (Skip, psutil.NoSuchProcess) as reason:
                 now = time.monotonic()
                 round_.faults.append(Happened("skipped", f"{name}: {reason}", start, now))
         elif number in started:
