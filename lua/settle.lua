@@ -20,10 +20,10 @@
 --         ''. Of these, a cost only reads name and units.
 -- Returns -1 when the numbered batch was applied before; else for each operation 1 done, 0 there is
 --         no such reservation (any more), 2 COLD (state or closed hour or period is missing: restore it
---         from the ledger and send again), 4 LATE, 5 BROKEN (a field cannot be read), 6 UNVERIFIED. A numbered batch is
---         applied whole or, when an operation is COLD, BROKEN or UNVERIFIED, not at all; its operations
---         come in the order of their periods and times, so that none closes what another needs. Should
---         one fail all the same, it alone is left out: 8.
+--         from the ledger and send again), 4 LATE, 5 BROKEN (a field cannot be read), 6 UNVERIFIED. A
+--         numbered batch is applied whole or, when an operation is COLD, BROKEN or UNVERIFIED, not at
+--         all; its operations come in the order of their periods and times, so that none closes what
+--         another needs. Should one fail all the same, it alone is left out: 8.
 
 -- @include includes/clock.lua
 -- @include includes/status.lua

@@ -241,7 +241,7 @@ class Seeder:
 
     @staticmethod
     async def _claim(database: Database, subjects: set[str]) -> dict[str, tuple[int, int]]:
-        """A new epoch for each, with the version of the ledger, which older epochs cannot change."""
+        """A new epoch for each, with the ledger's version, which older epochs cannot change."""
         if not subjects:
             return {}
         rows = await database.fetch("claim_epochs", sorted(subjects))

@@ -70,7 +70,8 @@ class Operation:
     """One settlement of a subject.
 
     `id` names the reservation; `changes` are an adjustment's, or the actual cost's, of which only
-    meter and units count; `ms` is a renewal's; after `deadline_ms`, unless 0, a confirmation is LATE.
+    meter and units count; `ms` is a renewal's; after `deadline_ms`, unless 0, a confirmation is
+    LATE.
     """
 
     kind: Kind
@@ -148,7 +149,8 @@ class Settlement:
         """
         # Oldest first, so that none finds its hour or period closed by another of the same batch.
         ordered = sorted(
-            operations, key=lambda o: min(((c.start_ms, c.at_ms) for c in o.changes), default=(0, 0))
+            operations,
+            key=lambda o: min(((c.start_ms, c.at_ms) for c in o.changes), default=(0, 0)),
         )
         for _ in range(_MAX_TRIES):
             answers = await self._send(ordered, run, sender, number)

@@ -116,8 +116,9 @@ def test_a_usage_event_is_never_counted_on_what_a_lagging_server_has(
 
     async def main(server: EmbeddedValkey) -> None:
         async with stack(server.url, database, PLAN) as s:
-            key, flusher = s.keyspace.state("s"), Flusher(
-                s.store, s.database, s.keyspace, MeterRegistry(METERS)
+            key, flusher = (
+                s.keyspace.state("s"),
+                Flusher(s.store, s.database, s.keyspace, MeterRegistry(METERS)),
             )
             ingestor = Ingestor(s.store, s.database, s.seeder, s.keyspace, METERS, {})
 

@@ -55,7 +55,7 @@ async def lose(s: Stack, batches: int) -> list[asyncio.Future[object]]:
     connection.close("lost")
     for future in futures:
         with pytest.raises(StoreUnavailableError):
-            await future
+            await asyncio.wait_for(future, 5)
     return futures
 
 
@@ -65,9 +65,7 @@ def test_every_batch_that_was_under_way_is_taken_back(
 ) -> None:
     async def main() -> None:
         journal = MemoryJournal()
-        async with stack(
-            valkey, database, PLAN, max_in_flight=in_flight, journal=journal
-        ) as s:
+        async with stack(valkey, database, PLAN, max_in_flight=in_flight, journal=journal) as s:
             # as if all that time had passed: their deadline is what the replay waits for
             told = s.batcher._on_unresolved
             assert told is not None
@@ -86,5 +84,21 @@ def test_every_batch_that_was_under_way_is_taken_back(
             assert await count(s) == 1
             await submit(s)
             assert await count(s) == 2
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_cannot_be_written_down_leaves_nobody_waiting(
+    valkey: str, database: str
+) -> None:
+    async def main() -> None:
+        async with stack(valkey, database, PLAN) as s:
+
+            def broken(_: Unresolved) -> None:
+                raise KeyError("a meter that a reload dropped")
+
+            s.batcher._on_unresolved = broken
+            await seed(s)
+            await lose(s, 1)
 
     asyncio.run(main())
