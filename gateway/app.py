@@ -64,6 +64,8 @@ class Gateway:
         self.runtime = Runtime(snapshot, {}, workers)
         self._keyspace = Keyspace()
         self._registry = MeterRegistry(snapshot.meters, snapshot.source)
+        # Also those that a reload has dropped: a request that was matched before it may still ask.
+        self._meters = dict(snapshot.meters)
         self._pinning: asyncio.Task[None] | None = None
         # Why the worker must not go on, and what then ends it: set by whoever serves it.
         self.fatal: ConfigError | None = None
@@ -151,7 +153,7 @@ class Gateway:
             self._settler,
             Outage(
                 self._journal,
-                lambda: self.runtime.snapshot.meters,
+                lambda: self._meters,
                 lambda mode: self.metrics.outage_admitted.labels(mode).inc(),
                 self._replay.wake,
             ),
@@ -238,7 +240,7 @@ class Gateway:
         if not any(check.program.durable for check in batch.checks):
             return
         try:
-            self._journal.append_written(entries.unresolved(batch, self.runtime.snapshot.meters))
+            self._journal.append_written(entries.unresolved(batch, self._meters))
         except SpoolUnavailable as error:
             self.metrics.spool_trouble.labels("unresolved_lost").inc()
             _log.error(
@@ -279,6 +281,7 @@ class Gateway:
         removed = plans_removed(old, new)
         self.metrics.config_applied(new.digest)
         self._registry.declare(new.meters)
+        self._meters.update(new.meters)
         self.runtime, self._respond = runtime, respond
         self._pin_meters()
         for pool in retired:

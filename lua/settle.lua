@@ -20,17 +20,21 @@
 --         ''. Of these, a cost only reads name and units.
 -- Returns -1 when the numbered batch was applied before; else for each operation 1 done, 0 there is
 --         no such reservation (any more), 2 COLD (state or closed hour or period is missing: restore it
---         from the ledger and send again), 4 LATE, 6 UNVERIFIED. A numbered batch is applied whole or, when
---         an operation is COLD or UNVERIFIED, not at all.
+--         from the ledger and send again), 4 LATE, 5 BROKEN (a field cannot be read), 6 UNVERIFIED. A
+--         numbered batch is applied whole or, when an operation is COLD, BROKEN or UNVERIFIED, not at
+--         all; its operations come in the order of their periods and times, so that none closes what
+--         another needs. Should one fail all the same, it alone is left out: 8.
 
 -- @include includes/clock.lua
 -- @include includes/status.lua
 -- @include includes/usage.lua
 
 local CONFIRM, REFUND, EXPIRE, RENEW, COST, ADJUST = 1, 2, 3, 4, 5, 6
-local DONE, GONE = 1, 0
-local TOMBSTONE_MS = 3600000 -- an hour: a gateway that was cut off longer than that was restarted
-local RECORD_MS = 2592000000 -- a month: a spool may wait that long on the disk of a dead host
+local DONE, GONE, FAILED = 1, 0, 8
+-- A month: a spool may wait that long on the disk of a dead host, also with the confirmation of a
+-- reservation that expired meanwhile.
+local RECORD_MS = 2592000000
+local TOMBSTONE_MS = RECORD_MS
 local KINDS = { 'day', 'week', 'month', 'year' }
 local call, format = redis.call, string.format
 
@@ -116,7 +120,10 @@ local function possible(key, change)
   local from, _, hour = string.match(bounds, '^(%d+) (%d+) (%d+)$')
   from, hour = tonumber(from), tonumber(hour)
   local its = change.at - change.at % HOUR
-  if not call('HGET', key, meter) then return false end
+  local text = call('HGET', key, meter)
+  if not text then return false end
+  assert(from and string.match(text, '^(-?%d+) (-?%d+) (-?%d+) (-?%d+) (%d+)$'),
+    'unreadable meter')
   if change.from > from and change.at >= from then return true end -- rolls on to it
   if change.from == from and its >= hour then return true end
   if call('HEXISTS', key, format('ch:%s:%d:%d', change.name, change.from, its)) == 0 then return false end
@@ -145,6 +152,11 @@ local function apply(key, change)
     string.match(call('HGET', key, m), '^(-?%d+) (-?%d+) (-?%d+) (-?%d+) (%d+)$')
   total, over, count = tonumber(total), tonumber(over), tonumber(count)
   hour_total, hour_over = tonumber(hour_total), tonumber(hour_over)
+  local hour_field, closed_hour, closed_hour_over = format('ch:%s:%d:%d', name, change.from, its)
+  if not current then -- read before anything is written
+    closed_hour, closed_hour_over = string.match(call('HGET', key, hour_field), '^(-?%d+) (-?%d+)$')
+    closed_hour, closed_hour_over = tonumber(closed_hour), tonumber(closed_hour_over)
+  end
   local excess
   if current or change.from == from then
     total, excess = add(total, over, change)
@@ -162,11 +174,9 @@ local function apply(key, change)
       or aggregate(change.kind, hour_total, change.units)
     hour_over = hour_over + excess
   else
-    local field = format('ch:%s:%d:%d', name, change.from, its)
-    local closed, closed_over = string.match(call('HGET', key, field), '^(-?%d+) (-?%d+)$')
-    closed = change.kind == 1 and tonumber(closed) + change.units
-      or aggregate(change.kind, tonumber(closed), change.units)
-    call('HSET', key, field, format('%d %d', closed, tonumber(closed_over) + excess))
+    closed_hour = change.kind == 1 and closed_hour + change.units
+      or aggregate(change.kind, closed_hour, change.units)
+    call('HSET', key, hour_field, format('%d %d', closed_hour, closed_hour_over + excess))
   end
   -- Calendar counters: a settlement of what they hold goes into them. Anything else leaves them behind
   -- their meter, upon which they are rebuilt from the ledger.
@@ -254,20 +264,32 @@ local function settle(o)
   end
 end
 
+-- What cannot be read, or fails half-way, must not take the others with it: an error would undo
+-- nothing, and the batch would come again.
+local function checked(o)
+  local ok, answer = pcall(look_up, o)
+  if not ok then return BROKEN end
+  return answer or DONE
+end
+
+local function done(o)
+  return pcall(settle, o) and DONE or FAILED
+end
+
 local reply = {}
 if number then
   for i, o in ipairs(operations) do
-    reply[i] = look_up(o) or DONE
-    if reply[i] == COLD or reply[i] == UNVERIFIED then return reply end
+    reply[i] = checked(o)
+    if reply[i] == COLD or reply[i] == UNVERIFIED or reply[i] == BROKEN then return reply end
   end
   for i, o in ipairs(operations) do
-    if reply[i] == DONE then settle(o) end
+    if reply[i] == DONE then reply[i] = done(o) end
   end
   call('SET', KEYS[3], number, 'PX', RECORD_MS)
 else
   for i, o in ipairs(operations) do
-    reply[i] = look_up(o) or DONE
-    if reply[i] == DONE then settle(o) end
+    reply[i] = checked(o)
+    if reply[i] == DONE then reply[i] = done(o) end
     -- of a reservation that is gone nothing is left to expire
     if reply[i] == GONE and o.id ~= '' then call('ZREM', KEYS[2], o.id .. ' ' .. o.key) end
   end

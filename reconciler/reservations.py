@@ -18,6 +18,8 @@ from core.telemetry import logs
 _log = logs.get_logger()
 
 _BATCH = 500
+_LATER_MS = 60_000
+_SETTLED = (Settled.DONE, Settled.GONE)
 
 
 class Reservations:
@@ -54,6 +56,10 @@ class Reservations:
             reach("reservations.expired")
             total += len(members)
             done = sum(answer is Settled.DONE for answer in found)
+            stuck = [m for m, a in zip(members, found, strict=True) if a not in _SETTLED]
+            if stuck:  # a person has to look; those behind them must not wait for that
+                _log.error("reservations_not_expired", members=stuck[:10], count=len(stuck))
+                await self._store.rescore(self._due_key, stuck, until + _LATER_MS)
             _log.info("reservations_expired", due=len(members), known=done)
             if len(members) < _BATCH:
                 return total

@@ -20,6 +20,9 @@ from core.period import HOUR_MS
 from core.policy import Action, Aggregation, Limit, PeriodKind, Plan, Quota
 from core.redis.scripts import load
 from core.redis.store import Store
+from core.telemetry import logs
+
+_log = logs.get_logger()
 
 # Restored once, an operation may meet a concurrent change; more than this is no coincidence.
 _MAX_TRIES = 6
@@ -44,7 +47,9 @@ class Settled(IntEnum):
     DONE = 1
     COLD = 2
     LATE = 4  # a confirmation that nobody waits for any more: nothing is changed
+    BROKEN = 5  # the state cannot be read: a person has to look
     UNVERIFIED = 6
+    FAILED = 8  # half-way: left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ class Settlement:
         self._script = load("settle")
 
     async def settle(self, operations: Sequence[Operation], run: str) -> list[Settled]:
-        """Settles reservations; what became of each, DONE, GONE or LATE.
+        """Settles reservations; what became of each, DONE, GONE, LATE, BROKEN or FAILED.
 
         Raises:
             StoreUnavailableError: a store did not answer; what was done may be sent again.
@@ -142,8 +147,11 @@ class Settlement:
         Raises:
             StoreUnavailableError: a store did not answer; send the same batch again.
         """
-        # Oldest first, so that none finds its hour closed by another of the same batch.
-        ordered = sorted(operations, key=lambda o: min((c.at_ms for c in o.changes), default=0))
+        # Oldest first, so that none finds its hour or period closed by another of the same batch.
+        ordered = sorted(
+            operations,
+            key=lambda o: min(((c.start_ms, c.at_ms) for c in o.changes), default=(0, 0)),
+        )
         for _ in range(_MAX_TRIES):
             answers = await self._send(ordered, run, sender, number)
             if answers and answers[0] == -1:
@@ -153,6 +161,13 @@ class Settlement:
                 for at, answer in enumerate(answers)
                 if answer in (Settled.COLD, Settled.UNVERIFIED)
             ]
+            for operation, answer in zip(ordered, answers, strict=False):
+                if answer == Settled.BROKEN:
+                    raise StoreUnavailableError(
+                        f"the state of {operation.subject} cannot be read; delete its hash"
+                    )
+                if answer == Settled.FAILED:
+                    _log.error("adjustment_failed", operation=repr(operation))
             if not lacking:
                 return True
             # It stops at the first that lacks something: the same may hold for all behind it.

@@ -33,6 +33,9 @@ from core.period import calendar_bounds
 from core.redis.client import server_run
 from core.redis.connection import Connection, RedisReplyError
 from core.redis.scripts import Script
+from core.telemetry import logs
+
+_log = logs.get_logger()
 
 # Reconnection starts soon, since a Redis restart is short, and backs off so that a dead one is not
 # hammered by every worker.
@@ -385,8 +388,11 @@ class Batcher:
         # Before anybody is told: what follows may be the end of this process.
         if sent.sender in self._records:
             self._new_sender()
-        if self._on_unresolved is not None:
-            self._on_unresolved(sent)
+        try:
+            if self._on_unresolved is not None:
+                self._on_unresolved(sent)
+        except Exception:  # whoever waits has no time-out of its own
+            _log.exception("batch_unresolved", sender=sent.sender, number=sent.number)
         self._fail(batch, error)
         if self._pending:
             self._fail(self._take(len(self._pending)), error)

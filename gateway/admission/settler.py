@@ -187,8 +187,10 @@ class Settler:
                 future.set_result(None)
             elif found[at] is Settled.LATE:
                 future.set_exception(StoreUnavailableError("Redis took longer than the time-out"))
-            else:
+            elif found[at] is Settled.GONE:
                 future.set_exception(ReservationLost("the reservation is gone"))
+            else:
+                future.set_exception(StoreUnavailableError("the state cannot be read"))
 
     async def _sweep(self) -> None:
         while self._held or self._again:

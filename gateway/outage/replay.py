@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from core.admission.program import Verdict
-from core.admission.settlement import Change, Kind, Operation, Settlement
+from core.admission.settlement import Change, Kind, Operation, Settled, Settlement
 from core.errors import StoreUnavailableError
 from core.failpoints import reach
 from core.keyspace import Keyspace
@@ -187,7 +187,18 @@ class Replay:
             kind = "refunded"
         if not operations:
             return
-        new = await self._settlement.adjust(merged(operations), run, spool, step.upto)
+        # Confirmed any number of times it is confirmed once, whatever the order.
+        confirmed = [o for o in operations if o.kind is not Kind.ADJUST]
+        if confirmed:
+            for operation, found in zip(
+                confirmed, await self._settlement.settle(confirmed, run), strict=True
+            ):
+                if found is Settled.BROKEN:
+                    raise StoreUnavailableError(
+                        f"the state of {operation.subject} cannot be read; delete its hash"
+                    )
+        changes = [o for o in operations if o.kind is Kind.ADJUST]
+        new = await self._settlement.adjust(merged(changes), run, spool, step.upto)
         if new:
             _log.info("replayed", spool=spool, entries=len(operations), kind=kind)
             if self._on_replayed is not None:

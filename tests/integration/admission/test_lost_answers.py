@@ -55,7 +55,7 @@ async def lose(s: Stack, batches: int) -> list[asyncio.Future[object]]:
     connection.close("lost")
     for future in futures:
         with pytest.raises(StoreUnavailableError):
-            await future
+            await asyncio.wait_for(future, 5)
     return futures
 
 
@@ -84,5 +84,21 @@ def test_every_batch_that_was_under_way_is_taken_back(
             assert await count(s) == 1
             await submit(s)
             assert await count(s) == 2
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_cannot_be_written_down_leaves_nobody_waiting(
+    valkey: str, database: str
+) -> None:
+    async def main() -> None:
+        async with stack(valkey, database, PLAN) as s:
+
+            def broken(_: Unresolved) -> None:
+                raise KeyError("a meter that a reload dropped")
+
+            s.batcher._on_unresolved = broken
+            await seed(s)
+            await lose(s, 1)
 
     asyncio.run(main())
