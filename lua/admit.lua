@@ -217,7 +217,8 @@ local function reserve(s, key, id, program, caps)
   local text = format('%d %d', expiry, now)
   for k, m in ipairs(s.meters) do
     local row = program.meters[k]
-    text = text .. format(' %s %d %d %d %d', row[1], row[3] == 1 and row[2] or 0, m.from, m.hour, caps[k] or -1)
+    local cost = row[3] == 1 and row[2] or 0
+    text = text .. format(' %s %d %d %d %d', row[1], cost, m.from, m.hour, caps[k] or -1)
   end
   s.reserved = s.reserved or {}
   local n = #s.reserved

@@ -1,4 +1,4 @@
-"""Redis comes back older than the ledger, or loses one state: quotas continue, nothing is forgotten."""
+"""Redis comes back older than the ledger, or loses states: quotas go on from the ledger."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import signal
 import subprocess
 from collections.abc import Callable
 from decimal import Decimal
-
-
 
 from cli.embedded import EmbeddedValkey
 from core.keyspace import Keyspace
@@ -134,16 +132,18 @@ def test_a_replica_is_promoted_that_lacks_the_last_writes(new_database: NewDatab
             assert stack.served(who.id) == LIMIT
             assert stack.ledger_hours(who)["requests"].total == LIMIT
             wait_until(
-                lambda: stack.events(who)
-                == [
-                    ("monthly", kind, percent)
-                    for kind, percent in (
-                        ("warning", 80),
-                        ("warning", 90),
-                        ("critical", 95),
-                        ("critical", 100),
-                    )
-                ],
+                lambda: (
+                    stack.events(who)
+                    == [
+                        ("monthly", kind, percent)
+                        for kind, percent in (
+                            ("warning", 80),
+                            ("warning", 90),
+                            ("critical", 95),
+                            ("critical", 100),
+                        )
+                    ]
+                ),
                 what="each threshold once",
             )
 

@@ -120,7 +120,7 @@ def test_each_mode_and_what_it_served_is_counted_once(
     # as many shares as workers that were asked: a share of each, no more
     admitted = served[2]
     assert admitted in (LOCAL // 2, LOCAL)
-    # The time-out is waited for by those that were on their way when Redis went, and by nobody else.
+    # Those that were on their way when Redis went wait for the time-out, and nobody else.
     slow = [end - began for _, _, began, end in outcome.records if end - began >= 1.0]
     assert len(slow) <= CLIENTS
 
@@ -275,11 +275,13 @@ def test_an_outage_in_the_last_period_is_counted_in_that(
 
     async def leave() -> None:
         spool = Spool(tmp_path, 1 << 20)
-        for span, at_ms in ((before_last, before_last[1] - 1), (last, last[0]), (last, last[1] - 1)):
+        for span, at_ms in (
+            (before_last, before_last[1] - 1),
+            (last, last[0]),
+            (last, last[1] - 1),
+        ):
             for _ in range(12):
-                await spool.append(
-                    entries.admitted(who.id, program, METERS, caps, span, at_ms)
-                )
+                await spool.append(entries.admitted(who.id, program, METERS, caps, span, at_ms))
         await spool.close()
 
     stack.run(leave())

@@ -67,13 +67,17 @@ def held(stack: Stack, who: Subscriber, path: str) -> Iterator[Future[httpx.Resp
     """A request that the upstream has and does not answer yet."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(stack.get, f"{path}/hold", who.key, headers={"x-who": who.id})
-        wait_until(lambda: stack.served(who.id) == 1, DEADLINE_S, "the request is with the upstream")
+        wait_until(
+            lambda: stack.served(who.id) == 1, DEADLINE_S, "the request is with the upstream"
+        )
         assert stack.state(who)["requests"].total == 1
         assert len(reserved(stack, who)) == 1
         yield future
 
 
-def test_only_what_is_answered_as_the_route_says_is_charged(own_stack: Callable[..., Stack]) -> None:
+def test_only_what_is_answered_as_the_route_says_is_charged(
+    own_stack: Callable[..., Stack],
+) -> None:
     stack = own_stack(config())
     paid, answered = stack.subscribe("over"), stack.subscribe("over")
     for who, path in ((paid, "/paid"), (answered, "/any")):
@@ -170,12 +174,11 @@ def test_redis_goes_between_admission_and_answer_and_there_is_no_spool(
     """The charge cannot be made durable: the answer is not served, and not charged."""
     stack = own_stack(config(timeout="500ms"))
     who = stack.subscribe("large")
-    with held(stack, who, "/any") as future:
-        with away(stack, how):
-            stack.release()
-            answer = future.result(DEADLINE_S)
-            assert answer.status_code == 503
-            assert answer.json()["type"].endswith("#temporary-reduced-capacity")
+    with held(stack, who, "/any") as future, away(stack, how):
+        stack.release()
+        answer = future.result(DEADLINE_S)
+        assert answer.status_code == 503
+        assert answer.json()["type"].endswith("#temporary-reduced-capacity")
     counted(stack, who, 0)
 
 
@@ -185,9 +188,7 @@ def test_expired_while_cut_off_and_served_after_all(
     """Taken back by the reconciler, and charged again when the worker can tell."""
     with (
         server_directory() as folder,
-        start_stack(
-            folder, config(tmp_path, "500ms"), new_database(), gateways=()
-        ) as stack,
+        start_stack(folder, config(tmp_path, "500ms"), new_database(), gateways=()) as stack,
         Door(stack.valkey.url) as door,
     ):
         stack.env["TALLYGATE_REDIS_URL"] = door.url  # type: ignore[index]

@@ -1,9 +1,9 @@
 """A TCP door in front of a server, on a thread of its own: what it does can be changed at any time.
 
-  open    passes everything on
-  deaf    passes requests on and drops the answers: the server does what it is asked, and nobody
-          learns of it
-  shut    cuts what is open and takes nothing new
+open    passes everything on
+deaf    passes requests on and drops the answers: the server does what it is asked, and nobody
+        learns of it
+shut    cuts what is open and takes nothing new
 """
 
 from __future__ import annotations

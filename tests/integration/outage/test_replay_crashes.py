@@ -14,13 +14,13 @@ import pytest
 from core.admission.program import calendar_use, compile_program
 from core.clock import to_datetime
 from core.meters import MeterRegistry
-from core.redis.client import RUN_LENGTH
 from core.period import DAY_MS, HOUR_MS, Span, billing_period
+from core.redis.client import RUN_LENGTH
 from gateway.admission.batcher import Check, Unresolved
 from gateway.outage import entries
 from gateway.outage.spool import Spool
 from reconciler.flush import Flusher
-from tests.integration.admission.stack import METERS, stack
+from tests.integration.admission.stack import METERS
 from tests.integration.outage.worker import MAX_BYTES, PLAN, QUOTA
 from tests.integration.reconciler.parts import Ledger, parts
 from tests.support.hands import Hands
@@ -168,9 +168,7 @@ def test_killed_while_it_serves(
 @pytest.mark.parametrize(
     "failpoint", ["seed.read", "seed.claimed", "seed.ledger_read", "seed.written"]
 )
-def test_killed_while_it_seeds(
-    hands: Hands, valkey: str, database: str, failpoint: str
-) -> None:
+def test_killed_while_it_seeds(hands: Hands, valkey: str, database: str, failpoint: str) -> None:
     """The quota goes on from the ledger, whoever seeds in the end, and several do at once."""
     now_ms = Scripts(valkey, controlled=False).redis.time()[0] * 1000
     span, hour = billing_period(0, 1, now_ms), now_ms - now_ms % HOUR_MS
