@@ -77,9 +77,9 @@ class Meter:
         Raises:
             ValueError: the quantity has more decimals than the meter keeps.
         """
-        scaled = quantity.scaleb(self.decimals)
-        units = int(scaled)
-        if units != scaled:
+        units = int(quantity.scaleb(self.decimals))
+        # Compared with the quantity itself: scaling rounds what has very many digits.
+        if self.from_units(units) != quantity:
             raise ValueError(
                 f"{quantity} has more than the {self.decimals} decimals meter {self.name!r} keeps"
             )

@@ -6,6 +6,8 @@ because a row is only ever replaced by one of a higher version of the same subje
 Steps of a batch, the failpoint behind each, and what a crash there leaves behind:
   1. list the subjects that changed longest ago     flush.listed        nothing
   2. read their states, each atomic                 flush.read          nothing
+     then `ahead` stores the usage events that they hold, so that no count is in the ledger whose
+     id is not: an id that a wiped Redis forgets would be counted twice
   3. in one transaction, accept_states locks the    flush.stored        nothing: rolled back
      subjects and sorts out overtaken ones, then
      store_periods and store_hours
@@ -104,6 +106,7 @@ class Flusher:
         batch: int = 1_000,
         repair: Repair | None = None,
         on_lost: Callable[[int], None] | None = None,
+        ahead: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self._store = store
         self._database = database
@@ -114,6 +117,7 @@ class Flusher:
         self._batch = batch
         self._repair = repair
         self._on_lost = on_lost
+        self._ahead = ahead
         self._acknowledge = load("acknowledge")
         self._seed = load("seed")
 
@@ -182,6 +186,8 @@ class Flusher:
                 batch = keys[first : first + self._batch]
                 read_at_ms = max(await self._store.now_ms(), run.until_ms + 1)
                 snapshots = await self._read(batch, result)
+                if self._ahead is not None:
+                    await self._ahead()
                 reach("flush.read")
                 if len(storing) == _STORING:
                     await storing.popleft()

@@ -163,6 +163,7 @@ class Reconciler:
             batch=self._settings.batch,
             repair=repair,
             on_lost=self.metrics.states_lost.inc,
+            ahead=ingest.store_all,
         )
         events = EventStore(store, database, keyspace, registry, on_event=self._on_event)
         periods = Periods(store, database, keyspace, registry, lambda: self.config.current)

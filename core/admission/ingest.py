@@ -12,6 +12,7 @@ attempt finds it too. A lost answer is no doubt either: ask again with the same 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -38,6 +39,8 @@ _NO_DEADLINE = 2**52  # an answer that comes late is still right: the id is reme
 _THIS_RUN = "?"
 LONGEST_ID = 255
 MOST_METADATA = 64 * 1024
+_LATEST_MS = 253_402_300_799_999  # the last of the year 9999
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # the escape of one, and no text that looks like it
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +137,17 @@ class Ingestor:
         raise StoreUnavailableError("the subject's state kept changing; nothing was counted")
 
     def _units(self, event: UsageEvent) -> tuple[Meter, int]:
-        if not event.id or len(event.id) > LONGEST_ID or not event.id.isprintable():
-            raise InvalidValueError(
-                f"id: {event.id[:40]!r}: write 1 to {LONGEST_ID} printable characters"
-            )
-        meter = self._meters.get(event.meter)
+        if not (isinstance(event.id, str) and 0 < len(event.id) <= LONGEST_ID):
+            raise InvalidValueError(f"id: write text of 1 to {LONGEST_ID} characters")
+        if not event.id.isprintable():
+            raise InvalidValueError(f"id: {event.id[:40]!r}: write printable characters")
+        meter = self._meters.get(event.meter) if isinstance(event.meter, str) else None
         if meter is None:
             raise InvalidValueError(
                 f"meter: {event.meter!r}: not declared; one of {', '.join(sorted(self._meters))}"
             )
+        if not isinstance(event.quantity, Decimal):
+            raise InvalidValueError(f"quantity: {event.quantity!r}: write a decimal number")
         if not event.quantity.is_finite() or event.quantity <= 0:
             raise InvalidValueError(f"quantity: {event.quantity}: write a number above 0")
         if event.quantity.adjusted() > len(str(MAX_EXACT)):
@@ -183,15 +188,22 @@ def _limits(limits: tuple[Limit, ...], numbers: Sequence[int]) -> tuple[LimitAns
 
 
 def _text(event: UsageEvent) -> str:
-    body: dict[str, Any] = {"id": event.id, "occurred_at": event.occurred_at_ms}
+    # Once it is counted it has to go into Postgres: what that does not take is refused here.
+    at_ms = event.occurred_at_ms
+    if type(at_ms) is not int or not 0 <= at_ms <= _LATEST_MS:
+        raise InvalidValueError(f"occurred_at: {at_ms!r}: write a time between 1970 and 9999")
+    body: dict[str, Any] = {"id": event.id, "occurred_at": at_ms}
     if event.metadata is not None:
+        if not isinstance(event.metadata, Mapping):
+            raise InvalidValueError("metadata: write an object")
         body["metadata"] = dict(event.metadata)
     try:
-        text = orjson.dumps(body).decode()
+        data = orjson.dumps(body)
     except TypeError as error:
         raise InvalidValueError(f"metadata: {error}: write what JSON can hold") from error
-    if len(text) > MOST_METADATA:
-        raise InvalidValueError(f"metadata: {len(text)} bytes: {MOST_METADATA} at most")
-    if "\\u0000" in text:
+    if len(data) > MOST_METADATA:
+        raise InvalidValueError(f"metadata: {len(data)} bytes: {MOST_METADATA} at most")
+    text = data.decode()
+    if _NUL.search(text):
         raise InvalidValueError("metadata: Postgres keeps no NUL; leave it out")
     return text

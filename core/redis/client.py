@@ -13,7 +13,7 @@ from inspect import signature
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from redis.asyncio import Redis, RedisCluster, Sentinel
+from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster, Sentinel
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -27,13 +27,16 @@ Client = Redis | RedisCluster
 _SENTINEL_PORT = 26_379
 # Of 40 hexadecimal digits: enough to tell servers apart, and it stands in every subject's state.
 RUN_LENGTH = 16
+# More calls at once wait for one of these; without a bound that waits, they would fail.
+_CONNECTIONS = 32
 # Notices of a vendor's service. While they are wanted, redis-py takes a connection that the server
 # has closed for a good one: after a restart of Redis, the first call on each would fail.
 _MAINTENANCE = "maint_notifications_config"
 
 
 def connect(url: str, timeout_s: float) -> Client:
-    """A client whose every wait (to connect, for an answer) is at most `timeout_s` seconds.
+    """A client whose every wait is at most `timeout_s` seconds: to connect, for an answer, and for
+    a connection that is free.
 
     Replies are bytes. A call that finds its connection closed is made once more on another: a
     server that was restarted closes all that are kept. So every call must be repeatable.
@@ -57,7 +60,11 @@ def connect(url: str, timeout_s: float) -> Client:
             return RedisCluster.from_url(plain, **waits, **quiet)
         if kind == "sentinel":
             return _sentinel(plain, scheme == "rediss", waits)
-        return Redis.from_url(plain, **waits, **quiet)
+        return Redis.from_pool(
+            BlockingConnectionPool.from_url(
+                plain, max_connections=_CONNECTIONS, timeout=timeout_s, **waits, **quiet
+            )
+        )
     except (ValueError, RedisError) as error:
         raise TallygateError(
             "redis.url: not a Redis URL; it looks like redis://:password@host:6379/0"

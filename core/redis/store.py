@@ -54,6 +54,13 @@ class Store:
             if self._on_error is not None:
                 self._on_error("error")
             raise
+        except RuntimeError as error:
+            if "closed" not in str(error):
+                raise
+            # uvloop's answer to a write on a connection that was closed a moment ago
+            if self._on_error is not None:
+                self._on_error("connection")
+            raise StoreUnavailableError(f"Redis: {error}") from error
         except (RedisError, OSError, TimeoutError) as error:
             kind = "timeout" if isinstance(error, TimeoutError) else "error"
             if self._on_error is not None:

@@ -1,4 +1,4 @@
-"""Redis comes back older than the ledger, or loses one state: quotas continue, nothing is forgotten."""
+"""Redis comes back older than the ledger, or loses states: quotas go on from the ledger."""
 
 from __future__ import annotations
 

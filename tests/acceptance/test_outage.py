@@ -120,7 +120,7 @@ def test_each_mode_and_what_it_served_is_counted_once(
     # as many shares as workers that were asked: a share of each, no more
     admitted = served[2]
     assert admitted in (LOCAL // 2, LOCAL)
-    # The time-out is waited for by those that were on their way when Redis went, and by nobody else.
+    # Those that were on their way when Redis went wait for the time-out, and nobody else.
     slow = [end - began for _, _, began, end in outcome.records if end - began >= 1.0]
     assert len(slow) <= CLIENTS
 

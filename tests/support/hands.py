@@ -4,8 +4,8 @@
         killed = hands.run("replay", failpoints="replay.counted", redis=url, ...)
         results = hands.together([("ingest", {...}), ("ingest", {...})])
 
-A function `replay(say, **arguments)` of the module runs in a process of its own, with failpoints of its own;
-`say(value)` is one write of one line, so that what is in `lines` was said before the end.
+A function `replay(say, **arguments)` of the module runs in a process of its own, with failpoints of
+its own; `say(value)` is one write of one line, so what is in `lines` was said before the end.
 """
 
 from __future__ import annotations

@@ -217,6 +217,30 @@ def test_wiped_before_anything_was_stored_an_event_is_counted_anew(
     run(valkey, database, check)
 
 
+def test_wiped_after_the_count_was_stored_an_event_is_not_counted_anew(
+    valkey: str, database: str
+) -> None:
+    """A flush takes the ids with it: none is in the totals of the ledger and unknown to it."""
+    scripts = Scripts(valkey, controlled=False)
+
+    async def check(r: Reporter) -> None:
+        parts, registry = r.parts, MeterRegistry(METERS)
+        await registry.pin(parts.database)
+        ingest = IngestStore(parts.store, parts.database, parts.keyspace, registry)
+        flusher = Flusher(
+            parts.store, parts.database, parts.keyspace, registry, ahead=ingest.store_all
+        )
+        assert (await r.report("s", "a", 5)).outcome is COUNTED
+        await flusher.flush_all()
+        scripts.redis.flushall()
+        assert (await r.report("s", "a", 5)).outcome is DUPLICATE
+        assert (await r.report("s", "b", 1)).outcome is COUNTED
+        await flusher.flush_all()
+        assert await ledger(r, "s") == {"requests": 6}
+
+    run(valkey, database, check)
+
+
 @pytest.mark.parametrize(
     ("field", "given"),
     [
@@ -263,8 +287,8 @@ def test_what_is_wrong_is_named_and_nothing_is_counted(
 
 
 @pytest.fixture(scope="module")
-def ingest_once() -> Iterator[Callable[[dict[str, Any]], int]]:
-    """Reports one event to stores that are not there: what is wrong is found before they are asked."""
+def ingest_once() -> Callable[[dict[str, Any]], int]:
+    """Reports to stores that are not there: what is wrong is found before they are asked."""
     from core.admission.ingest import Ingestor, UsageEvent
 
     nobody: Any = None
@@ -282,7 +306,7 @@ def ingest_once() -> Iterator[Callable[[dict[str, Any]], int]]:
         asyncio.run(wrong.count("s", PLAN, 0, event))
         raise AssertionError("it was taken")
 
-    yield report
+    return report
 
 
 def test_what_is_unusual_and_right_arrives_as_it_was(valkey: str, database: str) -> None:

@@ -39,11 +39,12 @@ async def stored(redis: str, postgres: str) -> tuple[dict[str, Ledger], list[tup
     """The ledger by subject, and the usage events."""
     async with parts(redis, postgres) as p:
         ledgers = {subject: await p.ledger(subject) for subject in SUBJECTS}
-        events = [
-            (subject, *(row := await p.database.fetchrow("usage_event", subject, f"e{n}"))[:3])
+        rows = [
+            (subject, await p.database.fetchrow("usage_event", subject, f"e{n}"))
             for subject in SUBJECTS
             for n in range(3)
         ]
+        events = [(subject, *row[:3]) for subject, row in rows if row is not None]
         return ledgers, events
 
 
