@@ -47,11 +47,31 @@ def connect(url: str, timeout_s: float) -> Client:
             return RedisCluster.from_url(plain, **waits)
         if kind == "sentinel":
             return _sentinel(plain, scheme == "rediss", waits)
-        return Redis.from_url(plain, **waits)
+        return _noticing(Redis.from_url(plain, **waits))
     except (ValueError, RedisError) as error:
         raise TallygateError(
             "redis.url: not a Redis URL; it looks like redis://:password@host:6379/0"
         ) from error
+
+
+def _noticing(client: Redis) -> Redis:
+    """The client, whose pool does not hand out connections that the server has closed.
+
+    redis-py 8 does not look at the end of the stream, so the first command on each connection
+    failed after a restart of the server.
+    """
+    pool: Any = client.connection_pool
+    plain: Any = pool.connection_class
+
+    class Noticing(plain):  # type: ignore[misc]
+        async def can_read(self, *args: Any, **kwargs: Any) -> bool:
+            reader = self._reader
+            if reader is not None and reader.at_eof():
+                raise ConnectionError("closed by the server")
+            return bool(await super().can_read(*args, **kwargs))
+
+    pool.connection_class = Noticing
+    return client
 
 
 def server_run(info: bytes) -> str:
