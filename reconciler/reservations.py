@@ -1,7 +1,7 @@
 """Takes back what was reserved and never settled: its gateway was killed, or cut off for long.
 
 A reservation stands in a sorted set by its expiry, so that nothing is searched for. What is taken
-back is remembered for an hour (`x:<id>`), as its answer may have been served after all by a gateway
+back is remembered for a month (`x:<id>`), as its answer may have been served after all by a gateway
 that could not tell; then that is forgotten too. Steps, and what a crash after each leaves behind:
   1. read what is due                        nothing
   2. lua/settle.lua takes back or forgets    done, each by itself

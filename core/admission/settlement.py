@@ -121,11 +121,14 @@ class Settlement:
     async def settle(self, operations: Sequence[Operation], run: str) -> list[Settled]:
         """Settles reservations; what became of each, DONE, GONE, LATE, BROKEN or FAILED.
 
+        One that is COLD or UNVERIFIED was not settled, as its subject could not be restored: that
+        must not hide what became of the others. It may be sent again.
+
         Raises:
-            StoreUnavailableError: a store did not answer; what was done may be sent again.
+            StoreUnavailableError: Redis did not answer; what was done may be sent again.
         """
         pending = list(enumerate(operations))
-        found = [Settled.GONE] * len(operations)
+        found = [Settled.COLD] * len(operations)
         for _ in range(_MAX_TRIES):
             answers = await self._send([o for _, o in pending], run, "", None)
             again: list[tuple[int, Operation]] = []
@@ -133,11 +136,11 @@ class Settlement:
                 found[at] = Settled(answer)
                 if found[at] in (Settled.COLD, Settled.UNVERIFIED):
                     again.append((at, operation))
-            if not again:
-                return found
-            pending = again
-            await self._restore([o for _, o in pending], run)
-        raise StoreUnavailableError("the subjects' states kept changing; nothing was settled")
+            failed = await self._restore([o for _, o in again], run)
+            pending = [(at, o) for at, o in again if o.subject not in failed]
+            if not pending:
+                break
+        return found
 
     async def adjust(
         self, operations: Sequence[Operation], run: str, sender: str, number: int
@@ -172,7 +175,8 @@ class Settlement:
                 return True
             # It stops at the first that lacks something: the same may hold for all behind it.
             first = lacking[0]
-            await self._restore(ordered[first:], run)
+            for error in (await self._restore(ordered[first:], run)).values():
+                raise error
         raise StoreUnavailableError("the subjects' states kept changing; nothing was adjusted")
 
     async def _send(
@@ -188,7 +192,10 @@ class Settlement:
         answers: list[int] = await self._store.run(self._script, keys, arguments)
         return answers
 
-    async def _restore(self, operations: Sequence[Operation], run: str) -> None:
+    async def _restore(
+        self, operations: Sequence[Operation], run: str
+    ) -> dict[str, StoreUnavailableError]:
+        """Brings back what is lacking; the subjects for which that failed."""
         wanted: dict[str, Lacking] = {}
         for operation in operations:
             lacking = wanted.setdefault(operation.subject, Lacking())
@@ -197,9 +204,17 @@ class Settlement:
                 continue
             for c in operation.changes:
                 lacking.hours.add((c.meter, c.start_ms, c.end_ms, c.at_ms - c.at_ms % HOUR_MS))
-        await asyncio.gather(
+        results = await asyncio.gather(
             *(
                 self._seeder.restore(subject, self._keyspace.state(subject), run, lacking)
                 for subject, lacking in wanted.items()
-            )
+            ),
+            return_exceptions=True,
         )
+        failed: dict[str, StoreUnavailableError] = {}
+        for subject, result in zip(wanted, results, strict=True):
+            if isinstance(result, StoreUnavailableError):
+                failed[subject] = result
+            elif isinstance(result, BaseException):
+                raise result
+        return failed

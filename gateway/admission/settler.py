@@ -190,7 +190,7 @@ class Settler:
             elif found[at] is Settled.GONE:
                 future.set_exception(ReservationLost("the reservation is gone"))
             else:
-                future.set_exception(StoreUnavailableError("the state cannot be read"))
+                future.set_exception(StoreUnavailableError("the state cannot be restored or read"))
 
     async def _sweep(self) -> None:
         while self._held or self._again:

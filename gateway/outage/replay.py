@@ -193,9 +193,9 @@ class Replay:
             for operation, found in zip(
                 confirmed, await self._settlement.settle(confirmed, run), strict=True
             ):
-                if found is Settled.BROKEN:
+                if found in (Settled.COLD, Settled.UNVERIFIED, Settled.BROKEN):
                     raise StoreUnavailableError(
-                        f"the state of {operation.subject} cannot be read; delete its hash"
+                        f"the state of {operation.subject} cannot be restored or read"
                     )
         changes = [o for o in operations if o.kind is Kind.ADJUST]
         new = await self._settlement.adjust(merged(changes), run, spool, step.upto)

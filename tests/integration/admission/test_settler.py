@@ -84,3 +84,25 @@ def test_a_stalled_server_charges_nothing_later(database: str, server_dir: Path)
 
     with EmbeddedValkey(server_dir / "v", port=free_port()) as server:
         asyncio.run(main(server))
+
+
+def test_one_subject_that_cannot_be_restored_fails_no_other_answer(
+    valkey: str, database: str
+) -> None:
+    """What was charged would be refused: the ledger being away is no reason for that."""
+
+    async def main() -> None:
+        async with stack(valkey, database, PLAN) as s:
+            charges = [await admit(s, subject) for subject in "abc"]
+            await s.store._client.hset(s.keyspace.state("b"), "run", "before")
+            await s.database.close()
+            answers = await asyncio.gather(
+                *(charge.answered(200) for charge in charges), return_exceptions=True
+            )
+            assert [isinstance(answer, StoreUnavailableError) for answer in answers] == [
+                False,
+                True,
+                False,
+            ]
+
+    asyncio.run(main())
