@@ -20,8 +20,8 @@
 --         ''. Of these, a cost only reads name and units.
 -- Returns -1 when the numbered batch was applied before; else for each operation 1 done, 0 there is
 --         no such reservation (any more), 2 COLD (state or closed hour or period is missing: restore it
---         from the ledger and send again), 6 UNVERIFIED. A numbered batch is applied whole or, when
---         an operation is COLD or UNVERIFIED, not at all.
+--         from the ledger and send again), 4 LATE (nothing was done), 6 UNVERIFIED. A numbered
+--         batch is applied whole or, when an operation is COLD or UNVERIFIED, not at all.
 
 -- @include includes/clock.lua
 -- @include includes/status.lua

@@ -43,7 +43,7 @@ class Settled(IntEnum):
     GONE = 0  # no such reservation: settled before, or lost with the state
     DONE = 1
     COLD = 2
-    LATE = 3  # a confirmation after the time until which it was waited for; nothing was done
+    LATE = 4  # a confirmation after the time until which it was waited for; nothing was done
     UNVERIFIED = 6
 
 
@@ -77,7 +77,8 @@ class Operation:
 
     def arguments(self) -> list[str | int]:
         """What the script is told of it."""
-        numbers: list[str | int] = [self.ms] if self.ms else []
+        timed = self.ms and self.kind in (Kind.RENEW, Kind.CONFIRM)
+        numbers: list[str | int] = [self.ms] if timed else []
         for c in self.changes:
             cap = "" if c.cap is None else c.cap
             numbers += (c.meter, _AGGREGATION[c.aggregation], c.units, c.start_ms, c.end_ms)
