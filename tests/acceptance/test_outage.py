@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -25,6 +26,9 @@ from tests.support.load import Load, get
 from tests.support.scripts import plan_of
 from tests.support.servers import server_directory
 from tests.support.stack import Stack, Subscriber, Use, start_stack
+
+if TYPE_CHECKING:
+    import httpx
 
 CLIENTS = 12
 LOCAL = 40  # so that each of two workers has a share of 20
@@ -74,6 +78,15 @@ def away(stack: Stack, how: str) -> Iterator[None]:
             os.kill(stack.valkey.pid, signal.SIGCONT)
 
 
+@pytest.fixture(scope="module")
+def spooling(new_database: NewDatabase) -> Iterator[tuple[Stack, Path]]:
+    """A gateway of two workers and its spool directory, which tests leave as they found them."""
+    with server_directory() as path:
+        spool = path / "spool"
+        with start_stack(path, config(spool), new_database(), gateways=(2,)) as running:
+            yield running, spool
+
+
 def counted(stack: Stack, who: Subscriber, requests: int, overage: int = 0) -> None:
     """Waits until Redis and the ledger have this total, in the one period and in its hours."""
     use = Use(Decimal(requests), Decimal(overage))
@@ -95,9 +108,9 @@ def empty(spool: Path) -> bool:
 
 @pytest.mark.parametrize("how", ["killed", "stalled"])
 def test_each_mode_and_what_it_served_is_counted_once(
-    own_stack: Callable[..., Stack], load: Load, tmp_path: Path, how: str
+    spooling: tuple[Stack, Path], load: Load, how: str
 ) -> None:
-    stack = own_stack(config(tmp_path), gateways=(2,))
+    stack, spool = spooling
     closed, opened, local, over = map(stack.subscribe, ("large", "large", "small", "over"))
     for who, path in ((closed, "/x"), (opened, "/open/x"), (local, "/local/x"), (over, "/open/x")):
         assert [stack.get(path, who.key).status_code for _ in range(5)] == [200] * 5
@@ -113,13 +126,20 @@ def test_each_mode_and_what_it_served_is_counted_once(
         load.start(stack.ports, requests, connections=CLIENTS, total=400, records=True)
         outcome = load.wait()
         refused = stack.get("/x", closed.key)
-        limited = stack.get("/local/x", local.key)
+
+        def ask_local() -> httpx.Response:
+            return stack.get("/local/x", local.key, headers={"x-who": local.id})
+
+        more = 0
+        while (limited := ask_local()).status_code == 200:
+            more += 1  # by the worker that had more of its share left
     assert outcome.lost == 0
     served = [outcome.count(200, number) for number in range(4)]
     assert set(outcome.statuses) == {(0, 503), (1, 200), (2, 200), (2, 429), (3, 200)}
-    # as many shares as workers that were asked: a share of each, no more
+    # the share of whoever was asked often enough, and of both no more than the limit
+    served[2] += more
     admitted = served[2]
-    assert admitted in (LOCAL // 2, LOCAL)
+    assert LOCAL // 2 <= admitted <= LOCAL
     # Those that were on their way when Redis went wait for the time-out, and nobody else.
     slow = [end - began for _, _, began, end in outcome.records if end - began >= 1.0]
     assert len(slow) <= CLIENTS
@@ -127,23 +147,19 @@ def test_each_mode_and_what_it_served_is_counted_once(
     assert refused.status_code == 503
     assert refused.json()["type"].endswith("#temporary-reduced-capacity")
     assert int(refused.headers["retry-after"]) >= 1
-    if limited.status_code == 200:  # by the worker that had not been asked for it
-        assert admitted == LOCAL // 2
-        admitted += 1
-    else:
-        assert limited.status_code == 429
-        assert limited.json()["type"].endswith("#quota-exceeded")
-        assert limited.json()["violated-policies"] == ["monthly"]
-        assert int(limited.headers["retry-after"]) >= 1
-        assert limited.headers["x-ratelimit-remaining"] == "0"
-        assert '"monthly";r=0;t=' in limited.headers["ratelimit"]
+    assert limited.status_code == 429
+    assert limited.json()["type"].endswith("#quota-exceeded")
+    assert limited.json()["violated-policies"] == ["monthly"]
+    assert int(limited.headers["retry-after"]) >= 1
+    assert limited.headers["x-ratelimit-remaining"] == "0"
+    assert '"monthly";r=0;t=' in limited.headers["ratelimit"]
 
     counted(stack, closed, 5)
     counted(stack, opened, 5 + served[1])
     counted(stack, local, 5 + admitted)
     counted(stack, over, 5 + served[3], overage=served[3] - 5)
     assert [stack.served(who.id) for who in (closed, opened, local, over)] == served
-    wait_until(lambda: empty(tmp_path), DEADLINE_S, "the spools are empty")
+    wait_until(lambda: empty(spool), DEADLINE_S, "the spools are empty")
     # once and for all: nothing comes a second time
     assert stack.get("/open/x", opened.key).status_code == 200
     counted(stack, opened, 6 + served[1])

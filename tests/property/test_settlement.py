@@ -121,8 +121,9 @@ class Walk:
             return
         held = self.held[index % len(self.held)]
         changes = (Change("credits", held.credits + 2, 0, 0, 0),) if kind is Kind.COST else ()
+        ms = RESERVE_MS if kind is Kind.RENEW else self.now_ms
         found = await self.settlement.settle(
-            [Operation(kind, self.subject, held.id, changes, RESERVE_MS)], RUN
+            [Operation(kind, self.subject, held.id, changes, ms)], RUN
         )
         if kind is Kind.RENEW:
             if held.known and held.counts:
