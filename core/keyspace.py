@@ -68,7 +68,7 @@ class Keyspace:
         return f"{PREFIX}:{{{shard}}}:w:{name}"
 
     def claim(self, subject: str) -> str:
-        """Text: who rebuilds a subject that has no state; gone when it is rebuilt."""
+        """Text: a subject without state is being rebuilt; gone when it is."""
         return f"{PREFIX}:{{{self.shard(subject)}}}:c:{subject}"
 
     def ingested(self, shard: int) -> str:

@@ -6,9 +6,9 @@
 -- epoch than its own, so a seed that lost a race must still pass its epoch on. A state that was found
 -- to be older than the ledger, in a server that came back with older data, is replaced whole.
 --
--- Whoever rebuilds a subject that has no state leaves a claim before it reads the ledger. A claim that
--- another has replaced, or that is gone because another has seeded the subject since, is of a reading
--- that may be out of date: nothing is written then.
+-- Whoever rebuilds a subject that has no state takes its claim before it reads the ledger, or leaves
+-- one; those that read at once share it, and the first to write removes it. Without it the state was
+-- seeded since, and is gone again: the reading may be out of date, and nothing is written.
 --
 -- KEYS  1        state hash
 --       2        claim of the subject

@@ -172,6 +172,11 @@ class Reconciler:
         def often() -> float:
             return self._settings.flush_interval_ms / 1000
 
+        async def lag() -> None:
+            await self._show_lag(flusher)
+            # One in waiting, too, ends when its meters are not the ledger's: it could not take over.
+            await self._pin(database)
+
         async def flush() -> None:
             await self._pin(database)
             await self._flush(flusher)
@@ -202,7 +207,7 @@ class Reconciler:
             await self._seal(store, periods)
 
         return [
-            Task("lag", lambda: self._show_lag(flusher), lambda: max(often(), _LAG_S), alone=False),
+            Task("lag", lag, lambda: max(often(), _LAG_S), alone=False),
             Task("flush", flush, often, drains=True),
             Task("events", store_events, often, drains=True),
             Task("ingest", store_usage, often, drains=True),

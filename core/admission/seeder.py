@@ -203,10 +203,11 @@ class Seeder:
         # After the claim it stores nothing, so what is compared is final.
         doubtful = {s for s, state in states.items() if state.get(keyspace.RUN) != runs[s]}
         cold = {subject for subject, state in states.items() if not state}
-        claim = ids.ulid()
+        claims: dict[str, str] = {}
         if cold:
-            claims = [self._keyspace.claim(subject) for subject in cold]
-            await self._redis.put_many(claims, claim, _CLAIM_MS)
+            places = [self._keyspace.claim(subject) for subject in cold]
+            held = await self._redis.keep_many(places, ids.ulid(), _CLAIM_MS)
+            claims = dict(zip(cold, held, strict=True))
         epochs = await self._claim(database, cold | doubtful)
         behind: set[str] = set()
         for row in await database.fetch("read_epochs", warm) if warm else ():
@@ -243,8 +244,8 @@ class Seeder:
             pairs = [part for pair in fields.items() for part in pair]
             space = self._keyspace
             keys = [request.key, space.claim(subject), space.idle(space.shard(subject))]
-            held = "" if state else claim
-            calls.append((keys, [seen, epoch, version, request.run, mode, held, *pairs]))
+            claim = claims.get(subject, "")
+            calls.append((keys, [seen, epoch, version, request.run, mode, claim, *pairs]))
         reach("seed.ledger_read")
         # Step 4
         answers = await self._redis.run_many(self._script, calls)

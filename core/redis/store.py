@@ -138,13 +138,15 @@ class Store:
             )
         return [member.decode() for member in rows]
 
-    async def put_many(self, keys: Sequence[str], text: str, ms: int) -> None:
-        """Sets each key to `text`, to vanish in so many ms."""
+    async def keep_many(self, keys: Sequence[str], text: str, ms: int) -> list[str]:
+        """Sets those keys that are not there to `text`, to vanish in so many ms; what each has."""
         with self._translated():
             pipeline = self._client.pipeline(transaction=False)
             for key in keys:
-                pipeline.set(key, text, px=ms)
-            await pipeline.execute()
+                pipeline.set(key, text, px=ms, nx=True)
+                pipeline.get(key)
+            found: list[bytes | None] = (await pipeline.execute())[1::2]
+        return [(held or b"-").decode() for held in found]  # it ended just now: nobody has it
 
     async def expire_many(self, keys: Sequence[str], ms: int) -> None:
         """Lets keys vanish in so many ms; those that are not there stay so."""
