@@ -228,7 +228,7 @@ class Flusher:
         lost = 0
         for key, state in zip(keys, states, strict=True):
             if not state:
-                _log.warning("state_lost", subject=subject_of(key))
+                _log.error("state_lost", subject=subject_of(key))
                 result.lost.append(key)
                 lost += 1
                 continue
