@@ -168,8 +168,7 @@ class Gateway:
         """Gives leases back and closes everything; waits for no more than the time-outs."""
         for task in (*self._tasks, *([self._pinning] if self._pinning else [])):
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await asyncio.gather(task, return_exceptions=True)  # nothing may skip what follows
         with suppress(TimeoutError):
             async with asyncio.timeout(_STORE_TIMEOUT_S * 2):
                 await self._leases.close()

@@ -101,7 +101,8 @@ local function changes(o)
   return list
 end
 
-local function add(total, over, change)
+local function add(total, over, change, earlier)
+  if change.kind == 3 and earlier then return total, 0 end -- a later value was counted since
   local after = change.kind == 1 and total + change.units or aggregate(change.kind, total, change.units)
   local excess = 0
   if change.units < 0 then
@@ -159,7 +160,7 @@ local function apply(key, change)
   end
   local excess
   if current or change.from == from then
-    total, excess = add(total, over, change)
+    total, excess = add(total, over, change, not current)
     over = over + excess
   else
     local field = format('cp:%s:%d', name, change.from)

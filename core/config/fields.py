@@ -293,6 +293,12 @@ Count = Annotated[
     BeforeValidator(integer(1)),
     _json({**_INT, "minimum": 1}, _text(units.INTEGER_PATTERN)),
 ]
+# Lua's stack bounds what a script can hand to one command.
+BatchSize = Annotated[
+    int,
+    BeforeValidator(integer(1, 1_000)),
+    _json({**_INT, "minimum": 1, "maximum": 1_000}, _text(units.INTEGER_PATTERN)),
+]
 CountOrZero = Annotated[
     int,
     BeforeValidator(integer(0)),

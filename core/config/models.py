@@ -15,6 +15,7 @@ from core.config.base import Section
 from core.config.catalog import MeterSpec, PlanSpec, RouteSpec, UpstreamSpec
 from core.config.fields import (
     Address,
+    BatchSize,
     Cidr,
     Count,
     DurationMs,
@@ -84,7 +85,7 @@ class HeaderSettings(Section):
 class AdmissionSettings(Section):
     """How checks travel to Redis."""
 
-    max_batch: Count = preset(128, 128, None, "Checks sent in one script call at most.")
+    max_batch: BatchSize = preset(128, 128, None, "Checks in one script call, 1000 at most.")
     max_in_flight: Count = preset(1, 1, None, "Script calls on their way at once, a worker.")
 
 

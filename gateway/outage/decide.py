@@ -83,15 +83,15 @@ class Outage:
                 return Emergency(False, decision.numbers, None, b"")
             numbers, slots = decision.numbers, decision.slots
         entry = b""
-        if program.durable:
-            entry = entries.admitted(subject, program, self._meters(), rules.caps, span, now_ms)
-            if not program.reserve_ms:
-                try:
+        try:
+            if program.durable:
+                entry = entries.admitted(subject, program, self._meters(), rules.caps, span, now_ms)
+                if not program.reserve_ms:
                     await self.write(entry)
-                except BaseException:
-                    self.release(slots)
-                    raise
-                entry = b""
+                    entry = b""
+        except BaseException:
+            self.release(slots)
+            raise
         if self._on_admitted is not None:
             self._on_admitted(rules.mode.value)
         return Emergency(True, numbers, slots, entry)

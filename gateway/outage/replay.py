@@ -144,6 +144,7 @@ class Replay:
         if batch is None:
             return False
         reach("replay.read")
+        batch = await self._uncounted(batch)
         for step in self._steps(batch):
             # Step 2
             await self._count(batch.spool_id, step)
@@ -152,6 +153,16 @@ class Replay:
             await self._journal.done(batch, step.upto)
             reach("replay.done")
         return True
+
+    async def _uncounted(self, batch: Batch) -> Batch:
+        """Without what was counted and not marked: it need not come in the same pieces again."""
+        if self._run() is None:
+            raise StoreUnavailableError("Redis is not connected")
+        last = int(await self._store.text(self._keyspace.sender(0, batch.spool_id)) or 0)
+        left = [record for record in batch.records if record[0] > last]
+        if len(left) < len(batch.records):
+            await self._journal.done(batch, min(last, batch.records[-1][0]))
+        return batch._replace(records=left)
 
     @staticmethod
     def _steps(batch: Batch) -> Iterator[_Step]:

@@ -148,7 +148,9 @@ class _Check:
         if status == 0:
             return
         if status in (429, 503):
-            if served is not None:
+            # What cannot be charged any more is not passed on: its reservation went with Redis' data.
+            withheld = status == 503 and route_of(request.path).charge != "on_admit"
+            if served is not None and not withheld:
                 yield f"{request} was answered {status}, but the upstream served it"
             if status == 429 and not (plan.blocks or plan.rate or plan.slots):
                 yield f"{request} was refused, though nothing of its plan refuses"

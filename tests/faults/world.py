@@ -37,8 +37,7 @@ RECONCILERS = 2
 DEADLINE_S = 60.0
 
 _KEYS = Keyspace()
-# asyncpg logs this as an error of its own where a stalled Postgres answers no ROLLBACK either.
-# Errors that a fault brings: of asyncpg, when a stalled Postgres does not end a transaction; of ours,
+# Errors that a fault brings: of asyncpg, when a stalled Postgres ends no transaction; of ours,
 # when Redis lost what was not flushed.
 _EXPECTED = ("Resetting connection with an active transaction", "state_lost")
 
