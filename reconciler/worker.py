@@ -174,7 +174,7 @@ class Reconciler:
 
         async def lag() -> None:
             await self._show_lag(flusher)
-            # One in waiting ends, too, when its meters are not the ledger's: it could not take over.
+            # One in waiting ends, too, if its meters are not the ledger's: it could not take over.
             await self._pin(database)
 
         async def flush() -> None:

@@ -148,7 +148,7 @@ class _Check:
         if status == 0:
             return
         if status in (429, 503):
-            # What cannot be charged any more is not passed on: its reservation went with Redis' data.
+            # What cannot be charged is not passed on: its reservation went with Redis' data.
             withheld = status == 503 and route_of(request.path).charge != "on_admit"
             if served is not None and not withheld:
                 yield f"{request} was answered {status}, but the upstream served it"
