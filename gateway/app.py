@@ -24,7 +24,8 @@ from core.secrets import KeyHasher
 from core.telemetry import logs
 from core.telemetry.local import LocalMetrics
 from core.telemetry.metrics import Metrics, setup
-from gateway.admission.batcher import Batcher, Unresolved
+from gateway.admission.batcher import Batcher
+from gateway.admission.check import Unresolved
 from gateway.admission.leases import Leases
 from gateway.admission.limiter import Limiter
 from gateway.admission.settler import Settler

@@ -34,6 +34,7 @@ from core.redis.client import server_run
 from core.redis.connection import Connection, RedisReplyError
 from core.redis.scripts import Script
 from core.telemetry import logs
+from gateway.admission.check import Check, Unresolved, grouped
 
 _log = logs.get_logger()
 
@@ -49,32 +50,6 @@ _MAX_PENDING = 4_096
 # Errors of a server that will not take writes on this connection: it failed over, is loading, lost
 # its disk or our rights. Another connection may lead to one that does.
 _UNUSABLE = ("READONLY", "LOADING", "MASTERDOWN", "MISCONF", "NOAUTH", "NOPERM", "NOREPLICAS")
-
-
-@dataclass(slots=True, eq=False)
-class Check:
-    """One request's check. `keys` are the state key and the lease keys, in the program's order."""
-
-    program: Program
-    keys: tuple[str, ...]
-    period_start_ms: int
-    period_end_ms: int
-    lease: str
-    future: asyncio.Future[Sequence[int]]
-    subject: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Unresolved:
-    """A batch whose answer was lost: `sender` and `number` name its record, if it left one.
-
-    It counts nothing once Redis' clock has passed `deadline_ms`; `checks` are in its order.
-    """
-
-    sender: str
-    number: int
-    deadline_ms: int
-    checks: tuple[Check, ...]
 
 
 @dataclass(slots=True)
@@ -291,7 +266,7 @@ class Batcher:
         slot = self._number % self._max_in_flight
         keys: list[str] = [*self._shard_keys[slot]]
         arguments: list[int | str] = []
-        groups = _grouped(batch)
+        groups = grouped(batch)
         for group in groups:
             check = group[0]
             index = programs.get(id(check.program))
@@ -422,24 +397,3 @@ async def _run_id(connection: Connection) -> str:
     except RedisReplyError:
         return ""
     return server_run(answer)
-
-
-def _grouped(batch: list[Check]) -> list[list[Check]]:
-    """Equal checks together: one entry of the call each. Those with an id of their own stand alone.
-
-    Many connections of one subscription are common, and their checks then cost Redis one hash read
-    and written, and a few arguments, together. Checks of one batch have no order among themselves.
-    """
-    groups: dict[tuple[int, str, int], list[Check]] = {}
-    alone: list[list[Check]] = []
-    for check in batch:
-        if check.program.single:
-            alone.append([check])
-            continue
-        equal = (id(check.program), check.keys[0], check.period_start_ms)
-        group = groups.get(equal)
-        if group is None:
-            groups[equal] = [check]
-        else:
-            group.append(check)
-    return [*groups.values(), *alone]

@@ -20,7 +20,7 @@ import orjson
 from core.admission.program import Program
 from core.admission.settlement import Change, Kind, Operation
 from core.policy import Aggregation, Meter
-from gateway.admission.batcher import Unresolved
+from gateway.admission.check import Unresolved
 
 # One letter each: a spool has millions of these.
 _ADMITTED, _UNRESOLVED, _CONFIRMED = "a", "u", "c"

@@ -10,7 +10,7 @@ import pytest
 from core import clock
 from core.errors import StoreUnavailableError
 from core.policy import PeriodKind, Quota
-from gateway.admission.batcher import Unresolved
+from gateway.admission.check import Unresolved
 from gateway.outage.memory import MemoryJournal
 from tests.integration.admission.stack import Stack, stack
 from tests.support import wait_until_async

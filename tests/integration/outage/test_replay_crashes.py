@@ -16,7 +16,7 @@ from core.clock import to_datetime
 from core.meters import MeterRegistry
 from core.period import DAY_MS, HOUR_MS, Span, billing_period
 from core.redis.client import RUN_LENGTH
-from gateway.admission.batcher import Check, Unresolved
+from gateway.admission.check import Check, Unresolved
 from gateway.outage import entries
 from gateway.outage.spool import Spool
 from reconciler.flush import Flusher
