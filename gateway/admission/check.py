@@ -1,4 +1,4 @@
-"""One check of a request, as it travels to Redis, and what is left of a batch that got no answer."""
+"""One check of a request on its way to Redis, and what is left of a batch that got no answer."""
 
 from __future__ import annotations
 
