@@ -199,8 +199,6 @@ end
 
 -- Looks an operation up: the answer if there is nothing to change, or nil.
 local function look_up(o)
-  -- a call that waited in a stalled server must not charge for an answer that was not served
-  if o.kind == CONFIRM and o.numbers[1] and now > tonumber(o.numbers[1]) then return LATE end
   local known = call('HGET', o.key, 'run')
   if o.kind ~= ADJUST then
     o.text = call('HGET', o.key, 'v:' .. o.id)
@@ -209,6 +207,8 @@ local function look_up(o)
       o.expired = o.text and true
     end
     if not o.text then return GONE end
+    -- a call that waited in a stalled server must not charge for an answer that was not served
+    if o.kind == CONFIRM and o.numbers[1] and now > tonumber(o.numbers[1]) then return LATE end
   elseif redis.call('HEXISTS', o.key, 'ver') == 0 then
     return COLD
   end

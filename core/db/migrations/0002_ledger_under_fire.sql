@@ -37,7 +37,10 @@ BEGIN
     IF to_regclass(name) IS NOT NULL THEN
         RETURN false;
     END IF;
-    -- Else a row of this month that another session stores meanwhile would make ATTACH fail.
+    -- The parent first, as everybody does: a query that had looked up its partitions before would
+    -- find the rows neither here nor there. The default, as a row of this month that another session
+    -- stores meanwhile would make ATTACH fail.
+    LOCK TABLE ONLY ledger_hours IN ACCESS EXCLUSIVE MODE;
     LOCK TABLE ledger_hours_default IN ACCESS EXCLUSIVE MODE;
     -- Updates of one row are common and touch no index: free room keeps them on their page.
     EXECUTE format('CREATE TABLE %I (LIKE ledger_hours INCLUDING DEFAULTS INCLUDING CONSTRAINTS) '

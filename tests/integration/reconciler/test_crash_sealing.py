@@ -103,7 +103,8 @@ def prepare(redis_url: str, postgres_url: str, every: int | None = None) -> int:
                 scripts.seed(subject, fields, version=total)
             if kind == UNFLUSHED:
                 key = scripts.keyspace.state(subject)
-                scripts.redis.zadd(scripts.keyspace.dirty(0), {key: now_ms})
+                # as the script would have: since the hour that was never flushed
+                scripts.redis.zadd(scripts.keyspace.dirty(0), {key: hour})
                 continue
             await connection.execute(
                 "INSERT INTO ledger_subjects VALUES ($1, 1, $2)", subject, total
