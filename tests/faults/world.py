@@ -273,14 +273,14 @@ class World:
         return found
 
     def live(self) -> Ledger:
-        """The rows that the states in Redis stand for, but for those that no request would take:
-        not compared with the ledger since the server was started."""
+        """The rows that the states in Redis stand for; when data were lost, without those that no
+        request would take: not compared with the ledger since the server was started."""
         found = Ledger()
         run = str(self.redis.info("server")["run_id"])
         for subject in self.subjects:
             key = _KEYS.state(subject)
             fields = self.redis.hgetall(key)
-            if not fields or not run.startswith(fields[b"run"].decode()):
+            if not fields or (self.losses and not run.startswith(fields[b"run"].decode())):
                 continue
             state = read_state(key, {n.decode(): text.decode() for n, text in fields.items()})
             for period in state.periods:
