@@ -13,8 +13,8 @@ from pathlib import Path
 
 import click
 
-from cli.context import DEFAULT_DATA_DIR, Context, parse_time
-from cli.stores import find_stores
+from cli.context import Context, parse_time
+from cli.stores import find_stores, place_options
 from core import clock
 from core.audit import AuditReport, Drift, MeterUse, audit
 from core.config import Snapshot
@@ -46,17 +46,7 @@ _REDIS_TIMEOUT_S, _POSTGRES_TIMEOUT_S = 5.0, 120.0
     show_default=True,
     help="Print so many differences; all are counted.",
 )
-@click.option(
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Configuration  [default: ./config.yaml, or else the one that comes with tallygate]",
-)
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help=f"Data directory of `tallygate up`  [default: {DEFAULT_DATA_DIR}]",
-)
+@place_options
 def command(
     subscription: str | None,
     since: str | None,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import click
 
-from cli.context import DEFAULT_DATA_DIR, Context
-from cli.stores import find_stores
+from cli.context import Context
+from cli.stores import find_stores, place_options
 from core.doctor import Crash, Diagnosis, Finding, Severity, diagnose
 from core.errors import TallygateError
 
@@ -31,17 +31,7 @@ _INDENT = " " * 11
 
 
 @click.command()
-@click.option(
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Configuration  [default: ./config.yaml, or else the one that comes with tallygate]",
-)
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help=f"Data directory of `tallygate up`  [default: {DEFAULT_DATA_DIR}]",
-)
+@place_options
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 def doctor(config_path: Path | None, data_dir: Path | None, as_json: bool) -> None:
     """Say what would be lost in which crash, and how to mend it.

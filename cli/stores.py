@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from cli.context import POSTGRES_URL, REDIS_URL, Context
+import click
+
+from cli.context import DEFAULT_DATA_DIR, POSTGRES_URL, REDIS_URL, Context
 from core.errors import TallygateError
 
 if TYPE_CHECKING:
     from core.config import Snapshot
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def place_options(command: _F) -> _F:
+    """`--config` and `--data-dir`, as `config_path` and `data_dir`: where a command looks."""
+    config = click.option(
+        "--config",
+        "config_path",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="Configuration  [default: ./config.yaml, or else the one that comes with tallygate]",
+    )
+    data_dir = click.option(
+        "--data-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        help=f"Data directory of `tallygate up`  [default: {DEFAULT_DATA_DIR}]",
+    )
+    return config(data_dir(command))
 
 
 def find_stores(context: Context, config_path: Path | None) -> tuple[Snapshot, str, str]:

@@ -19,8 +19,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from cli.context import DEFAULT_DATA_DIR, Context
-from cli.stores import find_stores
+from cli.context import Context
+from cli.stores import find_stores, place_options
 from core import clock
 from core.config import Snapshot
 from core.config.units import format_quantity
@@ -46,17 +46,7 @@ _PLAIN_WIDTH = 200
     help="Show this many hours up to now.",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
-@click.option(
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Configuration  [default: ./config.yaml, or else the one that comes with tallygate]",
-)
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help=f"Data directory of `tallygate up`  [default: {DEFAULT_DATA_DIR}]",
-)
+@place_options
 def usage(
     subscription: str, hours: int, as_json: bool, config_path: Path | None, data_dir: Path | None
 ) -> None:

@@ -353,11 +353,11 @@ class Flusher:
         """Tells overtaken states their epoch, unless the ledger has counts that they lack."""
         if not snapshots:
             return
-        rows = await self._database.fetch("counted_epochs", [s.subject for s in snapshots])
+        rows = await self._database.fetch("read_epochs", [s.subject for s in snapshots])
         ledger = {row["subject"]: row for row in rows}
         for snapshot in snapshots:
             row = ledger[snapshot.subject]
-            if row["counted"] > snapshot.epoch or row["version"] > snapshot.version:
+            if row["stored"] > snapshot.epoch or row["version"] > snapshot.version:
                 self._is_behind(snapshot, row["version"], result)
                 continue
             keys = [snapshot.key, self._keyspace.claim(snapshot.subject), self._idle_key]

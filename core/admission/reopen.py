@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from core import clock, keyspace
 from core.db.pool import Database
 from core.meters import MeterRegistry
+from core.period import HOUR_MS
 
 Hour = tuple[str, int, int, int]
 """Meter, start and end of the billing period, start of the hour; epoch ms."""
@@ -45,7 +46,7 @@ def reserved_hours(live: Mapping[str, str], names: Iterable[str]) -> set[Hour]:
         for at in range(2, len(words), 5):
             start, hour = int(words[at + 2]), int(words[at + 3])
             of_admission = max(made, hour)
-            found.add((words[at], start, start + 1, of_admission - of_admission % 3_600_000))
+            found.add((words[at], start, start + 1, of_admission - of_admission % HOUR_MS))
     return found
 
 

@@ -116,10 +116,6 @@ class Settler:
         self._held.discard(held)
         self._queue(Operation(Kind.REFUND, held.subject, held.id), None)
 
-    def forget(self, held: Reservation) -> None:
-        """Somebody else settles it."""
-        self._held.discard(held)
-
     async def close(self) -> None:
         """Sends what waits; what is still held expires."""
         if self._sweeper is not None:

@@ -24,6 +24,7 @@ from core.admission.settlement import Change, Kind, Operation, Settled, Settleme
 from core.errors import StoreUnavailableError
 from core.failpoints import reach
 from core.keyspace import Keyspace
+from core.period import HOUR_MS
 from core.redis.store import Store
 from core.telemetry import logs
 from gateway.outage.commit import SpoolUnavailable
@@ -239,16 +240,12 @@ def _counted_at(refund: Operation, at_ms: int) -> Operation:
     return replace(refund, changes=tuple(replace(change, at_ms=at_ms) for change in refund.changes))
 
 
-def merged(operations: list[Operation]) -> list[Operation]:
+def merged(adjustments: list[Operation]) -> list[Operation]:
     """Changes of one subject, meter and hour as one: an outage has many of each."""
     sums: dict[tuple[object, ...], tuple[str, Change]] = {}
-    others: list[Operation] = []
-    for operation in operations:
-        if operation.kind is not Kind.ADJUST:
-            others.append(operation)
-            continue
+    for operation in adjustments:
         for change in operation.changes:
-            hour = change.at_ms - change.at_ms % 3_600_000
+            hour = change.at_ms - change.at_ms % HOUR_MS
             place = (operation.subject, change.meter, change.start_ms, hour, change.cap)
             known = sums.get((*place, change.units < 0))
             if known is None or change.aggregation != "sum":
@@ -258,10 +255,7 @@ def merged(operations: list[Operation]) -> list[Operation]:
             else:
                 units = known[1].units + change.units
                 sums[(*place, change.units < 0)] = (operation.subject, replace(change, units=units))
-    return [
-        *others,
-        *(Operation(Kind.ADJUST, subject, changes=(change,)) for subject, change in sums.values()),
-    ]
+    return [Operation(Kind.ADJUST, subject, changes=(change,)) for subject, change in sums.values()]
 
 
 __all__ = ["Journal", "Replay", "merged"]

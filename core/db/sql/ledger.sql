@@ -29,7 +29,7 @@ WHERE taken.version IS DISTINCT FROM given.version;
 -- name: store_periods
 -- Epoch and version alone decide: within an epoch a total may fall, by a refund. What is equal is
 -- not written again, so a subject that used one of its meters costs no rows of the others, but for
--- a higher epoch, which says whose counts these are (see counted_epochs). A sealed period that does
+-- a higher epoch, which says whose counts these are (see read_epochs). A sealed period that does
 -- change is open again. $9 and $10 are the meters' names and what a smallest unit of each is worth:
 -- $2 counts into them from 1.
 INSERT INTO ledger_periods AS l
@@ -56,14 +56,6 @@ SET period_end = excluded.period_end, total = excluded.total, overage = excluded
 WHERE (excluded.epoch, excluded.version) >= (l.epoch, l.version)
   AND (excluded.total, excluded.overage, excluded.period_end, excluded.epoch)
       IS DISTINCT FROM (l.total, l.overage, l.period_end, l.epoch);
-
--- name: counted_epochs
--- What the ledger has of subjects: its epoch, which may have been claimed and never counted in, its
--- version, and the epoch that was counted in last, 0 when none was.
-SELECT s.subject, s.epoch, s.version, coalesce(max(p.epoch), 0) AS counted
-FROM ledger_subjects s LEFT JOIN ledger_periods p ON p.subject = s.subject
-WHERE s.subject = ANY ($1::text[])
-GROUP BY s.subject;
 
 -- name: store_hours
 -- As store_periods.
