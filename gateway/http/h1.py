@@ -12,7 +12,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 from httptools import (
     HttpParserError,
@@ -38,7 +38,7 @@ _HELD_MAX: Final = 64 * 1024
 # How long a connection that we have closed for writing is read, so that the client reads our answer
 # and not a reset; and how much of it.
 _LINGER_S: Final = 2
-_LINGER_BYTES: Final = 1024 * 1024
+_LINGER_BYTES: Final = 64 * 1024 * 1024
 # Bodies up to this are joined to their head: one system call, one small copy.
 _JOIN_MAX: Final = 16 * 1024
 
@@ -46,6 +46,18 @@ _JOIN_MAX: Final = 16 * 1024
 _NOTED: Final = frozenset(
     (b"content-length", b"transfer-encoding", b"connection", b"expect", b"upgrade", b"host")
 )
+
+# Methods as llhttp names them. Not here, and so refused: CONNECT, as no tunnel is opened for
+# anybody, and the methods of RTSP and ICE, which llhttp reads as well.
+_METHODS: Final = {
+    name.encode(): name
+    for name in (
+        *("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "QUERY"),
+        *("COPY", "LOCK", "UNLOCK", "MOVE", "MKCOL", "PROPFIND", "PROPPATCH", "SEARCH", "ACL"),
+        *("BIND", "REBIND", "UNBIND", "LINK", "UNLINK", "REPORT", "MERGE", "MKACTIVITY"),
+        *("CHECKOUT", "MKCALENDAR", "M-SEARCH", "NOTIFY", "SUBSCRIBE", "UNSUBSCRIBE", "PURGE"),
+    )
+}
 
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
@@ -60,6 +72,7 @@ class ClientConnection(asyncio.Protocol):
         "_drain_waiter",
         "_expect",
         "_fault",
+        "_got_data",
         "_head_bytes",
         "_headers",
         "_held",
@@ -73,6 +86,7 @@ class ClientConnection(asyncio.Protocol):
         "_refed",
         "_refusal",
         "_server",
+        "_stalled",
         "_target",
         "_transport",
         "_upgrade",
@@ -100,9 +114,11 @@ class ClientConnection(asyncio.Protocol):
         self._lingering = -1  # bytes still to be read for nothing; -1 when not closing
         self._paused = False
         self._write_paused = False
+        self._stalled = False  # the next request waits until the client takes the last answer
         self._drain_waiter: asyncio.Future[None] | None = None
         self._in_head = False
         self._head_bytes = 0
+        self._got_data = False  # of a body, in the bytes that were just parsed
         self._refed = False
         self._begin_head()
 
@@ -143,13 +159,18 @@ class ClientConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._write_paused = False
         self._release_drain()
+        if self._stalled:
+            self._stalled = False
+            if self._transport is not None and self._lingering < 0:
+                self._pause(self._body is not None and self._body.paused)
+                self._go_on()
 
     def data_received(self, data: bytes) -> None:
         if self._lingering >= 0:
             self._lingering -= len(data)
             if self._lingering < 0 and self._transport is not None:
                 self._transport.abort()
-        elif self._held or (self._active is not None and self._body is None):
+        elif self._held or (self._body is None and (self._active is not None or self._stalled)):
             self._hold(data)
         elif len(data) <= _SLICE:
             self._feed(data)
@@ -165,7 +186,7 @@ class ClientConnection(asyncio.Protocol):
             self._pause(True)
 
     def _feed_held(self) -> None:
-        if self._active is None and self._transport is not None and self._lingering < 0:
+        if self._active is None and not self._stalled and self._lingering < 0 and self._transport:
             held, self._held = self._held, b""
             self._pause(False)
             self._feed_slices(held)
@@ -173,7 +194,7 @@ class ClientConnection(asyncio.Protocol):
     def _feed_slices(self, data: bytes) -> None:
         at = 0
         while at < len(data) and self._transport is not None:
-            if self._active is not None and self._body is None:
+            if self._body is None and (self._active is not None or self._stalled):
                 self._hold(data[at:])
                 return
             size = _SLICE if self._body is None else max(_SLICE, min(self._length, _HELD_MAX))
@@ -192,6 +213,22 @@ class ClientConnection(asyncio.Protocol):
             self._unreadable(error)
         if self._in_head:
             self._head_arrives(len(data))
+        elif self._body is not None:
+            self._body_arrives(len(data))
+
+    def _body_arrives(self, count: int) -> None:
+        """Of a body, what is no data (chunk extensions, trailers) has the size of a head."""
+        if self._got_data:
+            self._got_data = False
+            self._head_bytes = 0
+            return
+        self._head_bytes += count
+        if self._head_bytes > self._server.limits.head:
+            body, self._body = self._body, None
+            assert body is not None
+            body.fail(BadRequest("chunk extensions or trailers are too large"))
+            self._close = True
+            self.parser = None  # nothing more of it is read
 
     def _head_arrives(self, count: int) -> None:
         """A head is not complete yet: it has its time and its size."""
@@ -252,9 +289,10 @@ class ClientConnection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
         if self._in_head:
-            self._headers.append((name, value))
             if name in _NOTED:
+                value = value.rstrip(b" \t")  # llhttp leaves it on
                 self._note(name, value)
+            self._headers.append((name, value))
         elif self._body is not None and not self._refed:
             if len(self._body.trailers) >= self._server.limits.fields:
                 self._fail(431, "too-many-fields", "There are too many trailer fields.")
@@ -268,10 +306,12 @@ class ClientConnection(asyncio.Protocol):
         parser = self.parser
         assert parser is not None
         version: str = parser.get_http_version()
-        method: str = parser.get_method().decode()
+        method = _METHODS.get(parser.get_method())
+        if method is None:
+            self._fail(501, "method-unknown", "The method is none that is served here.")
         target = self._target
         limits = self._server.limits
-        if target[:1] != b"/" or version != "1.1":
+        if target[:1] != b"/" or version != "1.1" or b"#" in target:
             target = self._unusual(method, target, version)
         if len(target) > limits.target:
             self._fail(414, "target-too-long", f"The URL is longer than {limits.target} bytes.")
@@ -304,12 +344,14 @@ class ClientConnection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         if self._body is not None:
+            self._got_data = True
             self._body.feed(data)
 
     def on_message_complete(self) -> None:
         body = self._body
         if body is not None and not self._upgrade_pending():
             self._body = None
+            self._head_bytes = 0
             body.finish()
 
     def _upgrade_pending(self) -> bool:
@@ -325,17 +367,17 @@ class ClientConnection(asyncio.Protocol):
         if name == b"content-length":
             self._length = int(value)
         elif name == b"transfer-encoding":
-            if value.strip().lower() != b"chunked" or self._length:
+            if value.lower() != b"chunked" or self._length:
                 self._fail(501, "encoding-unknown", "The only transfer encoding is chunked.")
             self._length = -1
         elif name == b"connection":
-            value = value.lower()
-            if b"close" in value:
+            options = [option.strip() for option in value.lower().split(b",")]
+            if b"close" in options:
                 self._keep_alive = -1
-            elif b"keep-alive" in value and not self._keep_alive:
+            elif b"keep-alive" in options and not self._keep_alive:
                 self._keep_alive = 1
         elif name == b"expect":
-            self._expect = value.strip().lower()
+            self._expect = value.lower()
         elif name == b"upgrade":
             self._upgrade = True
         else:
@@ -350,9 +392,8 @@ class ClientConnection(asyncio.Protocol):
             return parse_target(method, target, self._host)
         except TargetError as error:
             self._fail(error.status, "bad-target", str(error))
-            raise
 
-    def _fail(self, status: int, code: str, detail: str) -> None:
+    def _fail(self, status: int, code: str, detail: str) -> NoReturn:
         """Stop parsing: httptools makes an HttpParserError of it, and `_unreadable` the answer."""
         self._fault = (status, code, detail)
         raise ValueError(detail)
@@ -372,6 +413,17 @@ class ClientConnection(asyncio.Protocol):
             self.close()
             return
         self._active = None
+        if self._write_paused:
+            # A client that sends requests ahead and reads no answers: none is begun, and nothing
+            # more read, until it has taken what there is.
+            self._stalled = True
+            self._pause(True)
+            self.deadline = self._server.tick + self._server.limits.keepalive_s
+            return
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """The next request, or the wait for one."""
         if self._queue:
             self._activate(self._queue.popleft())
             return
@@ -422,7 +474,7 @@ class ClientConnection(asyncio.Protocol):
             self._in_head = False
             self._refuse(408, "request-timeout", "The request took too long to arrive.")
         else:
-            self._transport.close()
+            self._close_soon(self._transport)
 
     def close_after(self) -> None:
         """The answer under way is the last one of this connection."""
@@ -464,7 +516,14 @@ class ClientConnection(asyncio.Protocol):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             transport.abort()
         else:
-            transport.close()
+            self._close_soon(transport)
+
+    def _close_soon(self, transport: asyncio.Transport) -> None:
+        """Close once all is written, or after a while where the client takes nothing of it."""
+        self._held = b""
+        self._lingering = _LINGER_BYTES
+        self.deadline = self._server.tick + _LINGER_S + 1
+        transport.close()
 
     def write(self, data: bytes) -> None:
         if self._transport is not None:

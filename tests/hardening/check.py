@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from tests.hardening.rows import HOST, KEY, VICTIM, Outcome, Refused, Relayed
-from tests.support.http1 import Answer, Connection, Cut, ask
+from tests.support.http1 import Answer, Connection, ask
 from tests.support.recorder import Recorder, Seen
 from tests.support.stack import Stack, Subscriber
 
@@ -81,7 +81,7 @@ def play(world: World, raw: bytes, outcome: Outcome, pieces: int = 1) -> None:
     """
     raw = world.fill(raw)
     counted, mark = world.counted(), len(world.recorder.requests)
-    with Connection(world.port) as connection:
+    with Connection(world.port, deadline_s=8) as connection:
         size = -(-len(raw) // pieces)
         for at in range(0, len(raw), size):
             connection.send(raw[at : at + size])
@@ -105,15 +105,8 @@ def play(world: World, raw: bytes, outcome: Outcome, pieces: int = 1) -> None:
 
 
 def _refused(world: World, connection: Connection, outcome: Refused, raw: bytes) -> int:
-    try:
-        answer = connection.answer(raw.partition(b" ")[0].decode("latin-1"))
-        status = answer.status
-    except Cut as cut:
-        assert "after b''" in str(cut)
-        status = 0
-    assert status in outcome.statuses
-    if status and status != 401:
-        assert "Traceback" not in answer.body.decode("latin-1")
+    answer = connection.answer(raw.partition(b" ")[0].decode("latin-1"))
+    assert answer.status in outcome.statuses
     if outcome.closed:
         assert connection.ended() == b""
         return 0

@@ -24,7 +24,7 @@ Check = Callable[[Seen, Answer], None]
 class Refused:
     """Answered by the gateway: the application sees nothing, and nothing is counted.
 
-    `statuses` are those allowed; 0 stands for the end of the connection without an answer.
+    `statuses` are those allowed. Without `closed` the connection may be kept, or closed.
     `may_count` is for what goes wrong in a body after the request was admitted.
     """
 
@@ -33,8 +33,8 @@ class Refused:
     may_count: bool = False
 
     def __str__(self) -> str:
-        shown = " or ".join("closed unanswered" if s == 0 else str(s) for s in self.statuses)
-        return f"{shown}{', connection closed' if self.closed and self.statuses != (0,) else ''}"
+        shown = " or ".join(map(str, self.statuses))
+        return f"{shown}, connection closed" if self.closed else shown
 
 
 @dataclass(frozen=True)

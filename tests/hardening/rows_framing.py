@@ -90,8 +90,13 @@ row(
     {
         "upper": post(b"Transfer-Encoding: CHUNKED", body=b"3\r\nabc\r\n0\r\n\r\n"),
         "mixed": post(b"tRANSFER-eNCODING: Chunked", body=b"3\r\nabc\r\n0\r\n\r\n"),
-        "spaces": post(b"Transfer-Encoding:  \t chunked \t ", body=b"3\r\nabc\r\n0\r\n\r\n"),
+        "spaces": post(b"Transfer-Encoding:  \t chunked", body=b"3\r\nabc\r\n0\r\n\r\n"),
     },
+)  # fmt: skip
+row(
+    _SECTION, "`chunked` with spaces after it", _BROKEN,
+    post(b"Transfer-Encoding: chunked \t ", body=b"3\r\nabc\r\n0\r\n\r\n"),
+    note="legal, but llhttp is stricter",
 )  # fmt: skip
 
 
@@ -124,7 +129,7 @@ row(
     {
         text: post(_CHUNKED, body=text.encode("latin-1") + b"\r\nabc\r\n0\r\n\r\n")
         for text in (
-            *("-3", "+3", "0x3", "g", "", " 3", "\t3", "3 3", "3.", "\xb3", "3\x00", "x", ";", "3,3"),
+            *("-3", "+3", "0x3", "g", "", " 3", "\t3", "3 3", "3.", "\xb3", "3\x00", "x", ";"),
             *("10000000000000003", "fffffffffffffffff3", "F" * 30),
         )
     },
@@ -159,10 +164,12 @@ row(
     _SECTION, "trailers, also such as may only stand in a head",
     Relayed("never become fields of the head", _no_trailer_in_head, body=b"abc"),
     {
-        "plain": post(_CHUNKED, b"Trailer: X-Trailed", body=b"3\r\nabc\r\n0\r\nX-Trailed: 1\r\n\r\n"),
+        "plain": post(
+            _CHUNKED, b"Trailer: X-Trailed", body=b"3\r\nabc\r\n0\r\nX-Trailed: 1\r\n\r\n"
+        ),
         "framing": post(
             _CHUNKED,
-            body=b"3\r\nabc\r\n0\r\nHost: evil\r\nAuthorization: evil\r\nX-Forwarded-For: evil\r\n\r\n",
+            body=b"3\r\nabc\r\n0\r\nHost: evil\r\nAuthorization: evil\r\nForwarded: evil\r\n\r\n",
         ),
         "key": post(_CHUNKED, body=b"3\r\nabc\r\n0\r\nX-API-Key: evil\r\nConnection: evil\r\n\r\n"),
     },

@@ -78,7 +78,7 @@ def _verbatim(seen: Seen, answer: Answer) -> None:
 
 
 for _target in (
-    *(b"/echo?", b"/echo??", b"/echo?a=%20&b=+;c", b"/echo/%41%2f%2F%25", b"/echo/a;p=1/b"),
+    *(b"/echo??", b"/echo?a=%20&b=+;c", b"/echo/%41%2f%2F%25", b"/echo/a;p=1/b"),
     *(b"/echo/!$&'()*+,;=:@-._~", b'/echo/"<>[]^`{|}', b"/echo/%zz%", b"/echo?http://x/?y"),
 ):
     row(
@@ -86,3 +86,4 @@ for _target in (
         Relayed("passed on byte for byte", _verbatim, target=_target.decode()),
         _get(_target),
     )  # fmt: skip
+row(_SECTION, "`/echo?`", Relayed("an empty query is dropped", target="/echo"), _get(b"/echo?"))
