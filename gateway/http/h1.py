@@ -328,7 +328,9 @@ class ClientConnection(asyncio.Protocol):
         )
         exchange = Http1Exchange(request, self)
         if self._length:
-            if self._expect and self._expect != b"100-continue":
+            if version == "1.0":
+                self._expect = b""  # RFC 9110 section 10.1.1: not to be heeded
+            elif self._expect and self._expect != b"100-continue":
                 self._fail(417, "expectation-failed", "Nothing but 100-continue can be expected.")
             exchange.expects = bool(self._expect)
             exchange.body = self._body = Body(self._pause)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import socket
 import threading
 from dataclasses import dataclass, replace
-from decimal import Decimal
 
-from tests.hardening.rows import HOST, KEY, VICTIM, Outcome, Refused, Relayed
+from tests.hardening.rows import HOST, KEY, VICTIM, Outcome, Path, Refused, Relayed
 from tests.support.http1 import Answer, Connection, ask
 from tests.support.recorder import Recorder, Seen
 from tests.support.stack import Stack, Subscriber
@@ -63,9 +62,9 @@ class World:
         key = (who or self.subscriber).key
         return f"GET {path} HTTP/1.1\r\nHost: {HOST_NAME}\r\nX-API-Key: {key}\r\n\r\n".encode()
 
-    def counted(self) -> Decimal:
-        use = self.stack.state(self.subscriber).get("requests")
-        return use.total if use else Decimal(0)
+    def counted(self, meter: str = "requests") -> int:
+        use = self.stack.state(self.subscriber).get(meter)
+        return int(use.total) if use else 0
 
     def seen_since(self, mark: int) -> list[Seen]:
         """What reached the application; a request through the worker makes sure it has."""
@@ -80,6 +79,10 @@ def play(world: World, raw: bytes, outcome: Outcome, pieces: int = 1) -> None:
         AssertionError: what came of it is not `outcome`.
     """
     raw = world.fill(raw)
+    if isinstance(outcome, Path):
+        _priced(world, raw, outcome)
+        return
+    assert isinstance(outcome, Refused | Relayed)
     counted, mark = world.counted(), len(world.recorder.requests)
     with Connection(world.port, deadline_s=8) as connection:
         size = -(-len(raw) // pieces)
@@ -90,7 +93,7 @@ def play(world: World, raw: bytes, outcome: Outcome, pieces: int = 1) -> None:
         else:
             followed = _relayed(world, connection, outcome, raw)
     seen = [s for s in world.seen_since(mark) if s.target != "/after"]
-    count = int(world.counted() - counted) - followed
+    count = world.counted() - counted - followed
     assert not world.recorder.strays
     assert not world.victim.visited
     if isinstance(outcome, Refused):
@@ -102,6 +105,22 @@ def play(world: World, raw: bytes, outcome: Outcome, pieces: int = 1) -> None:
         assert one.target == outcome.target
         if outcome.body is not None:
             assert one.body == outcome.body
+
+
+def _priced(world: World, raw: bytes, outcome: Path) -> None:
+    counted, paid = world.counted(), world.counted("credits")
+    mark = len(world.recorder.requests)
+    answer = ask(world.port, raw)
+    seen = world.seen_since(mark)
+    cost = world.counted("credits") - paid
+    assert not world.recorder.strays
+    assert len(seen) == world.counted() - counted == (answer.status == 200)
+    if not seen:
+        assert answer.status in (400, 404)
+        assert cost == 0
+    elif cost != 100:
+        assert not outcome.same
+        assert seen[0].target == raw.split(b" ")[1].decode("latin-1")
 
 
 def _refused(world: World, connection: Connection, outcome: Refused, raw: bytes) -> int:

@@ -15,6 +15,7 @@ from tests.support.stack import start_stack
 _CONFIG = """
 gateway:
   drain: 1s
+  %(client)s
   key: {query: api_key}
   trusted_proxies: [127.0.0.2/32]
 redis: {url: "${TALLYGATE_REDIS_URL}", timeout: 5s}
@@ -27,11 +28,19 @@ upstreams:
 routes:
   - {match: {path: /paid/dear}, upstream: recorder, meters: {requests: 1, credits: 100}}
   - {match: {path: /paid/*}, upstream: recorder, meters: {requests: 1, credits: 1}}
+  - {match: {path: /public/*}, upstream: recorder, keyless: true, plan: anonymous}
   - {match: {path: /*}, upstream: recorder}
 plans:
+  anonymous:
+    limits: {hour: {window: 1h, limit: 1000}}
   all:
     limits: {year: {period: billing, limit: 100_000}}
 """
+
+
+def config(port: int, client: str = "") -> str:
+    """The configuration in front of a recorder; `client` is the section of that name."""
+    return _CONFIG % {"port": port, "client": client}
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +48,7 @@ def world(new_database: NewDatabase) -> Iterator[World]:
     with (
         server_directory() as path,
         Recorder() as recorder,
-        start_stack(
-            path, _CONFIG % {"port": recorder.port}, new_database(), reconcilers=0
-        ) as stack,
+        start_stack(path, config(recorder.port), new_database(), reconcilers=0) as stack,
     ):
         victim = Victim()
         yield World(stack, recorder, victim, stack.subscribe("all"), stack.subscribe("all"))

@@ -5,13 +5,20 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from tests.hardening import rows_framing, rows_head, rows_proxy, rows_target
+from tests.hardening import (
+    rows_connection,
+    rows_framing,
+    rows_head,
+    rows_path,
+    rows_proxy,
+    rows_target,
+)
 from tests.hardening.rows import ROWS
 from tests.support.processes import ROOT
 
 PAGE = Path(ROOT, "docs", "hardening.md")
 _BEGIN, _END = "<!-- printed from tests/hardening -->\n", "<!-- end -->\n"
-SOURCES = (rows_framing, rows_head, rows_target, rows_proxy)
+SOURCES = (rows_framing, rows_head, rows_target, rows_path, rows_proxy, rows_connection)
 
 
 def _cell(text: str) -> str:
@@ -21,7 +28,9 @@ def _cell(text: str) -> str:
 def tables() -> str:
     """One table a section, in the order of the rows."""
     parts = []
-    ordered = sorted(ROWS, key=lambda row: [r.section for r in ROWS].index(row.section))
+    sections = [source.SECTION for source in SOURCES]
+    sections += [row.section for row in ROWS]
+    ordered = sorted(ROWS, key=lambda row: sections.index(row.section))
     for section, rows in groupby(ordered, key=lambda row: row.section):
         parts.append(f"\n### {section}\n| sent | what happens |\n|---|---|\n")
         for row in rows:

@@ -58,7 +58,33 @@ class Relayed:
         return self.happens
 
 
-Outcome = Refused | Relayed
+@dataclass(frozen=True)
+class Path:
+    """A path that spells, or nearly spells, `/paid/dear`, which costs 100 credits instead of 1.
+
+    With `same` it has to be refused or cost 100. Without, it may also be a path of its own: passed
+    on byte for byte and paid as what it says.
+    """
+
+    happens: str
+    same: bool
+
+    def __str__(self) -> str:
+        return self.happens
+
+
+@dataclass(frozen=True)
+class Told:
+    """What takes more than one request to show: `test` is the function that does."""
+
+    happens: str
+    test: str
+
+    def __str__(self) -> str:
+        return self.happens
+
+
+Outcome = Refused | Relayed | Path | Told
 
 
 @dataclass(frozen=True)
@@ -86,6 +112,11 @@ def row(
     elif not isinstance(requests, Mapping):
         requests = {str(number): raw for number, raw in enumerate(requests, 1)}
     ROWS.append(Row(section, what, outcome, requests, note))
+
+
+def told(section: str, what: str, happens: str, test: str) -> None:
+    """Adds a row that a test of its own shows."""
+    ROWS.append(Row(section, what, Told(happens, test), {}))
 
 
 def req(

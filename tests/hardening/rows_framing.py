@@ -6,7 +6,7 @@ from tests.hardening.rows import Refused, Relayed, post, req, row
 from tests.support.http1 import Answer
 from tests.support.recorder import Seen
 
-_SECTION = "Framing"
+SECTION = "Framing"
 _SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 _BAD = Refused((400,))
 _CODING = Refused((400, 501))
@@ -15,7 +15,7 @@ _BROKEN = Refused((400,), may_count=True)
 _CHUNKED = b"Transfer-Encoding: chunked"
 
 row(
-    _SECTION, "Content-Length and Transfer-Encoding, in either order", _BAD,
+    SECTION, "Content-Length and Transfer-Encoding, in either order", _BAD,
     {
         "CL.TE": post(b"Content-Length: 6", _CHUNKED, body=b"0\r\n\r\nG"),
         "TE.CL": post(_CHUNKED, b"Content-Length: 4", body=b"5c\r\n" + _SMUGGLED + b"0\r\n\r\n"),
@@ -24,7 +24,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "more than one Content-Length, equal or not, also as a list", _BAD,
+    SECTION, "more than one Content-Length, equal or not, also as a list", _BAD,
     {
         "different": post(b"Content-Length: 3", b"Content-Length: 39", body=b"abc" + _SMUGGLED),
         "same": post(b"Content-Length: 3", b"Content-Length: 3", body=b"abc"),
@@ -34,7 +34,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "a Content-Length that is not digits only, or is beyond 64 bits", _BAD,
+    SECTION, "a Content-Length that is not digits only, or is beyond 64 bits", _BAD,
     {
         text: post(b"Content-Length: " + text.encode("latin-1"), body=b"abc")
         for text in (
@@ -44,7 +44,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "a Content-Length with spaces around it or leading zeros",
+    SECTION, "a Content-Length with spaces around it or leading zeros",
     Relayed("read as the number that it is", target="/echo", body=b"abc"),
     {
         "spaces": post(b"Content-Length:   3  ", body=b"abc"),
@@ -54,7 +54,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "a Transfer-Encoding other than `chunked`, or twice", _CODING,
+    SECTION, "a Transfer-Encoding other than `chunked`, or twice", _CODING,
     {
         text: post(b"Transfer-Encoding: " + text.encode("latin-1"), body=b"3\r\nabc\r\n0\r\n\r\n")
         for text in (
@@ -73,7 +73,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "Transfer-Encoding written oddly: space before the colon, folded, split", _BAD,
+    SECTION, "Transfer-Encoding written oddly: space before the colon, folded, split", _BAD,
     {
         "space": post(b"Transfer-Encoding : chunked", body=b"0\r\n\r\n"),
         "tab": post(b"Transfer-Encoding\t: chunked", body=b"0\r\n\r\n"),
@@ -85,7 +85,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "`chunked` in other letters or with spaces around it",
+    SECTION, "`chunked` in other letters or with spaces around it",
     Relayed("read as chunked, passed on as `chunked`", body=b"abc"),
     {
         "upper": post(b"Transfer-Encoding: CHUNKED", body=b"3\r\nabc\r\n0\r\n\r\n"),
@@ -94,7 +94,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "`chunked` with spaces after it", _BROKEN,
+    SECTION, "`chunked` with spaces after it", _BROKEN,
     post(b"Transfer-Encoding: chunked \t ", body=b"3\r\nabc\r\n0\r\n\r\n"),
     note="legal, but llhttp is stricter",
 )  # fmt: skip
@@ -106,7 +106,7 @@ def _plain_chunks(seen: Seen, answer: Answer) -> None:
 
 
 row(
-    _SECTION, "chunk extensions", Relayed("dropped; the data goes on", _plain_chunks, body=b"abc"),
+    SECTION, "chunk extensions", Relayed("dropped; the data goes on", _plain_chunks, body=b"abc"),
     {
         "name": post(_CHUNKED, body=b"3;x\r\nabc\r\n0\r\n\r\n"),
         "value": post(_CHUNKED, body=b"3;x=y\r\nabc\r\n0;last\r\n\r\n"),
@@ -114,7 +114,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "chunk extensions that hide a line end or never stop", _BROKEN,
+    SECTION, "chunk extensions that hide a line end or never stop", _BROKEN,
     {
         "LF": post(_CHUNKED, body=b"3;x\nabc\r\n0\r\n\r\n"),
         "LF then size": post(_CHUNKED, body=b"2;\nxx\r\n4c\r\n0\r\n\r\n" + _SMUGGLED),
@@ -125,7 +125,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "a chunk size that is no plain hexadecimal number, or beyond 64 bits", _BROKEN,
+    SECTION, "a chunk size that is no plain hexadecimal number, or beyond 64 bits", _BROKEN,
     {
         text: post(_CHUNKED, body=text.encode("latin-1") + b"\r\nabc\r\n0\r\n\r\n")
         for text in (
@@ -135,7 +135,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "chunks without the CR LF that ends a size or the data", _BROKEN,
+    SECTION, "chunks without the CR LF that ends a size or the data", _BROKEN,
     {
         "size LF": post(_CHUNKED, body=b"3\nabc\r\n0\r\n\r\n"),
         "size CR": post(_CHUNKED, body=b"3\rabc\r\n0\r\n\r\n"),
@@ -161,7 +161,7 @@ def _no_trailer_in_head(seen: Seen, answer: Answer) -> None:
 
 
 row(
-    _SECTION, "trailers, also such as may only stand in a head",
+    SECTION, "trailers, also such as may only stand in a head",
     Relayed("never become fields of the head", _no_trailer_in_head, body=b"abc"),
     {
         "plain": post(
@@ -175,7 +175,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "framing fields and malformed lines in trailers", _BROKEN,
+    SECTION, "framing fields and malformed lines in trailers", _BROKEN,
     {
         "no colon": post(_CHUNKED, body=b"3\r\nabc\r\n0\r\nnonsense\r\n\r\n"),
         "space": post(_CHUNKED, body=b"3\r\nabc\r\n0\r\nX-A : b\r\n\r\n"),
@@ -188,7 +188,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "a body with GET, HEAD, DELETE or OPTIONS",
+    SECTION, "a body with GET, HEAD, DELETE or OPTIONS",
     Relayed("framed like any other", body=_SMUGGLED),
     {
         method: req(
@@ -199,7 +199,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "a request in the body of a request that is refused (401)",
+    SECTION, "a request in the body of a request that is refused (401)",
     Refused((401,), closed=False),
     {
         "length": req(

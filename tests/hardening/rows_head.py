@@ -6,12 +6,12 @@ from tests.hardening.rows import HOST, KEY, Refused, Relayed, req, row
 from tests.support.http1 import Answer
 from tests.support.recorder import Seen
 
-_SECTION = "Head"
+SECTION = "Head"
 _BAD = Refused((400,))
 _LINE = b"GET /echo HTTP/1.1"
 
 row(
-    _SECTION, "a folded field (obs-fold)", _BAD,
+    SECTION, "a folded field (obs-fold)", _BAD,
     {
         "space": req(_LINE, b"X-A: b\r\n c"),
         "tab": req(_LINE, b"X-A: b\r\n\tc"),
@@ -20,7 +20,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "a line that ends with LF or CR alone", _BAD,
+    SECTION, "a line that ends with LF or CR alone", _BAD,
     {
         "all LF": b"GET /echo HTTP/1.1\nHost: %b\nX-API-Key: %b\n\n" % (HOST, KEY),
         "request line": b"GET /echo HTTP/1.1\nHost: %b\r\nX-API-Key: %b\r\n\r\n" % (HOST, KEY),
@@ -36,18 +36,18 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "a control character in a value", _BAD,
+    SECTION, "a control character in a value", _BAD,
     {f"{byte:02x}": req(_LINE, b"X-A: b%cc" % byte) for byte in (0, 1, 7, 8, 11, 12, 27, 31, 127)},
 )  # fmt: skip
 row(
-    _SECTION, "a name with a character that no name may have", _BAD,
+    SECTION, "a name with a character that no name may have", _BAD,
     {
         repr(bytes((byte,))): req(_LINE, b"X-%cA: b" % byte)
         for byte in b'\x00\x01\t "(),/;<=>?@[\\]{}\x7f\x80\xe9\xff'
     },
 )  # fmt: skip
 row(
-    _SECTION, "no colon, no name, space before the colon", _BAD,
+    SECTION, "no colon, no name, space before the colon", _BAD,
     {
         "no colon": req(_LINE, b"nonsense"),
         "no name": req(_LINE, b": b"),
@@ -66,7 +66,7 @@ def _bytes_kept(seen: Seen, answer: Answer) -> None:
 
 
 row(
-    _SECTION, "odd but legal values: empty, tabs, latin-1, UTF-8, repeated",
+    SECTION, "odd but legal values: empty, tabs, latin-1, UTF-8, repeated",
     Relayed("passed on byte for byte, in their order", _bytes_kept),
     {
         "empty": req(_LINE, b"X-Odd:"),
@@ -76,12 +76,12 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "an empty line before the request",
+    SECTION, "an empty line before the request",
     Relayed("skipped, as RFC 9112 section 2.2 asks"),
     {"one": b"\r\n" + req(), "two": b"\r\n\r\n" + req()},
 )  # fmt: skip
 row(
-    _SECTION, "no Host, several, an empty one, or one that is no host",
+    SECTION, "no Host, several, an empty one, or one that is no host",
     Refused((400,), closed=False),
     {
         "none": req(host=None),
@@ -97,16 +97,16 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "a Host with a port, an IPv6 literal, or an underscore",
+    SECTION, "a Host with a port, an IPv6 literal, or an underscore",
     Relayed("taken as it is"),
     [req(host=text) for text in (b"a.example:8080", b"[::1]", b"[2001:db8::1]:80", b"a_b.example")],
 )  # fmt: skip
 row(
-    _SECTION, "HTTP/1.0 without Host", Relayed("served, connection closed", kept=False),
+    SECTION, "HTTP/1.0 without Host", Relayed("served, connection closed", kept=False),
     req(b"GET /echo HTTP/1.0", host=None),
 )  # fmt: skip
 row(
-    _SECTION, "HTTP/0.9, or a version that is none", Refused((400, 501, 505)),
+    SECTION, "HTTP/0.9, or a version that is none", Refused((400, 501, 505)),
     {
         "0.9": b"GET /echo\r\n\r\n",
         "0.9 with fields": b"GET /echo\r\nHost: %b\r\nX-API-Key: %b\r\n\r\n" % (HOST, KEY),
@@ -126,20 +126,20 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "the HTTP/2 preface where h2c is off", Refused((400, 505)),
+    SECTION, "the HTTP/2 preface where h2c is off", Refused((400, 505)),
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00",
 )  # fmt: skip
 row(
-    _SECTION, "two spaces in the request line", Relayed("read as one (RFC 9112 section 3)"),
+    SECTION, "two spaces in the request line", Relayed("read as one (RFC 9112 section 3)"),
     {"before": req(b"GET  /echo HTTP/1.1"), "after": req(b"GET /echo  HTTP/1.1")},
 )  # fmt: skip
 row(
-    _SECTION, "RTSP/1.0 where HTTP/1.0 should stand",
+    SECTION, "RTSP/1.0 where HTTP/1.0 should stand",
     Relayed("read as HTTP/1.0, which llhttp does not tell apart", kept=False),
     req(b"GET /echo RTSP/1.0"),
 )  # fmt: skip
 row(
-    _SECTION, "other white space in the request line, or another protocol", Refused((400, 501)),
+    SECTION, "other white space in the request line, or another protocol", Refused((400, 501)),
     {
         "tab": req(b"GET\t/echo\tHTTP/1.1"),
         "leading": req(b" GET /echo HTTP/1.1"),
@@ -154,14 +154,14 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "a method in lower case, or one that is no method of HTTP", Refused((400, 405, 501)),
+    SECTION, "a method in lower case, or one that is no method of HTTP", Refused((400, 405, 501)),
     {
         text: req(f"{text} /echo HTTP/1.1".encode("latin-1"))
         for text in ("get", "Get", "BREW", "GETX", "G@T", "GE\x00T", "G\xc9T", "X" * 5000, "M-POST")
     },
 )  # fmt: skip
 row(
-    _SECTION, "CONNECT", Refused((400, 405, 501)),
+    SECTION, "CONNECT", Refused((400, 405, 501)),
     {
         "authority": req(b"CONNECT @VICTIM@ HTTP/1.1"),
         "path": req(b"CONNECT /echo HTTP/1.1"),
@@ -177,11 +177,11 @@ def _no_key(seen: Seen, answer: Answer) -> None:
 
 
 row(
-    _SECTION, "TRACE", Relayed("like any method; the key is not in what is echoed", _no_key),
+    SECTION, "TRACE", Relayed("like any method; the key is not in what is echoed", _no_key),
     req(b"TRACE /echo HTTP/1.1"),
 )  # fmt: skip
 row(
-    _SECTION, "`Expect` other than 100-continue", Refused((417,)),
+    SECTION, "`Expect` other than 100-continue", Refused((417,)),
     [
         req(b"POST /echo HTTP/1.1", b"Expect: " + text, b"Content-Length: 3", body=b"abc")
         for text in (b"200-ok", b"100-continue, x", b"x=y")
@@ -194,7 +194,7 @@ def _no_expect(seen: Seen, answer: Answer) -> None:
 
 
 row(
-    _SECTION, "`Expect: 100-continue`",
+    SECTION, "`Expect: 100-continue`",
     Relayed("answered here, and only when the body is wanted", _no_expect, body=b"abc"),
     {
         name: req(

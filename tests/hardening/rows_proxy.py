@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from tests.hardening.rows import HOST, KEY, Refused, Relayed, post, req, row
+from tests.hardening.rows import HOST, KEY, Refused, Relayed, post, req, row, told
 from tests.support.http1 import Answer
 from tests.support.recorder import Seen
 
+SECTION = "Hop by hop"
 _LINE = b"GET /echo HTTP/1.1"
 
 
@@ -20,7 +21,7 @@ def _forwarding_is_ours(seen: Seen, answer: Answer) -> None:
 
 
 row(
-    "Hop by hop", "`Connection` that names what the gateway sets itself",
+    SECTION, "`Connection` that names what the gateway sets itself",
     Relayed("set all the same", _forwarding_is_ours),
     {
         name: req(_LINE, b"Connection: " + name.encode(), b"X-Forwarded-For: 203.0.113.1")
@@ -37,12 +38,12 @@ def _credentials_stay(seen: Seen, answer: Answer) -> None:
 
 
 row(
-    "Hop by hop", "`Connection: Authorization` beside credentials of the application's own",
+    SECTION, "`Connection: Authorization` beside credentials of the application's own",
     Relayed("they stay: naming them may not take them away", _credentials_stay),
     req(_LINE, b"Authorization: Basic dTpw", b"Connection: Authorization"),
 )  # fmt: skip
 row(
-    "Hop by hop", "`Connection` that names framing",
+    SECTION, "`Connection` that names framing",
     Relayed("the framing stays", body=b"abc"),
     {
         "length": post(b"Connection: Content-Length", b"Content-Length: 3", body=b"abc"),
@@ -64,7 +65,7 @@ def _hop_gone(seen: Seen, answer: Answer) -> None:
 
 
 row(
-    "Hop by hop", "hop-by-hop fields, and what `Connection` names", Relayed("removed", _hop_gone),
+    SECTION, "hop-by-hop fields, and what `Connection` names", Relayed("removed", _hop_gone),
     {
         "all": req(
             _LINE, b"Connection: keep-alive, X-Hop", b"Keep-Alive: timeout=9", b"X-Hop: 1",
@@ -81,7 +82,7 @@ row(
     },
 )  # fmt: skip
 row(
-    "Hop by hop", "`Upgrade` to anything but websocket, h2c included",
+    SECTION, "`Upgrade` to anything but websocket, h2c included",
     Relayed("ignored: answered as if it were not there", _hop_gone),
     {
         "foo": req(_LINE, b"Upgrade: foo/2", b"Connection: Upgrade", b"X-End: 1"),
@@ -179,4 +180,9 @@ row(
         "long": req(key=b"tg_live_" + b"x" * 5000),
         "another scheme": req(_LINE, b"Authorization: Basic " + KEY, key=None),
     },
+)  # fmt: skip
+told(
+    "Forwarding", "Forwarded and X-Forwarded-* of a trusted proxy",
+    "continued; read from the right, so that a client cannot write its own address",
+    "test_a_trusted_proxy_is_believed_and_continued",
 )  # fmt: skip

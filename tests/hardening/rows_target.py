@@ -6,7 +6,7 @@ from tests.hardening.rows import HOST, Refused, Relayed, req, row
 from tests.support.http1 import Answer
 from tests.support.recorder import Seen
 
-_SECTION = "Target"
+SECTION = "Target"
 _BAD = Refused((400,))
 
 
@@ -21,7 +21,7 @@ def _own_host(seen: Seen, answer: Answer) -> None:
 
 
 row(
-    _SECTION, "an absolute target, its authority that of Host",
+    SECTION, "an absolute target, its authority that of Host",
     Relayed("passed on as a path, to the route's upstream", _own_host),
     {
         "http": _get(b"http://" + HOST + b"/echo"),
@@ -29,7 +29,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "an absolute target, its authority not that of Host", _BAD,
+    SECTION, "an absolute target, its authority not that of Host", _BAD,
     {
         "other host": _get(b"http://other.example/echo"),
         "other port": _get(b"http://" + HOST + b":81/echo"),
@@ -39,7 +39,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "an absolute target with user, without host, of another scheme, or not at all", _BAD,
+    SECTION, "an absolute target with user, without host, of another scheme, or not at all", _BAD,
     {
         text: _get(text.encode().replace(b"H", HOST))
         for text in (
@@ -51,7 +51,7 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "a Host that points somewhere else (SSRF)",
+    SECTION, "a Host that points somewhere else (SSRF)",
     Relayed("only ever a name to match: the upstream is the route's"),
     {
         "victim": req(host=b"@VICTIM@"),
@@ -60,17 +60,17 @@ row(
     },
 )  # fmt: skip
 row(
-    _SECTION, "`OPTIONS *`", Refused((404, 405), closed=False), req(b"OPTIONS * HTTP/1.1"),
+    SECTION, "`OPTIONS *`", Refused((404, 405), closed=False), req(b"OPTIONS * HTTP/1.1"),
     note="no route matches it",
 )  # fmt: skip
 row(
-    _SECTION, "a control character, a space or a byte above 0x7f in the target", _BAD,
+    SECTION, "a control character, a space or a byte above 0x7f in the target", _BAD,
     {
         f"{byte:02x}": _get(b"/echo/a%cb" % byte)
         for byte in (0, 1, 9, 11, 12, 13, 27, 31, 127, 128, 0xC3, 255)
     },
 )  # fmt: skip
-row(_SECTION, "a fragment in the target", _BAD, _get(b"/echo#f"))
+row(SECTION, "a fragment in the target", _BAD, _get(b"/echo#f"))
 
 
 def _verbatim(seen: Seen, answer: Answer) -> None:
@@ -82,8 +82,8 @@ for _target in (
     *(b"/echo/!$&'()*+,;=:@-._~", b'/echo/"<>[]^`{|}', b"/echo/%zz%", b"/echo?http://x/?y"),
 ):
     row(
-        _SECTION, f"`{_target.decode()}`",
+        SECTION, f"`{_target.decode()}`",
         Relayed("passed on byte for byte", _verbatim, target=_target.decode()),
         _get(_target),
     )  # fmt: skip
-row(_SECTION, "`/echo?`", Relayed("an empty query is dropped", target="/echo"), _get(b"/echo?"))
+row(SECTION, "`/echo?`", Relayed("an empty query is dropped", target="/echo"), _get(b"/echo?"))

@@ -60,10 +60,18 @@ class Answer:
 class Connection:
     """One client connection. Every wait ends after `deadline_s` with TimeoutError."""
 
-    def __init__(self, port: int, deadline_s: float = DEADLINE_S, receive_buffer: int = 0) -> None:
+    def __init__(
+        self,
+        port: int,
+        deadline_s: float = DEADLINE_S,
+        receive_buffer: int = 0,
+        source: str = "",
+    ) -> None:
         self.sock = socket.socket()
         if receive_buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        if source:
+            self.sock.bind((source, 0))
         self.sock.settimeout(deadline_s)
         self.sock.connect(("127.0.0.1", port))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -149,7 +157,8 @@ class Connection:
         self._buffer += data
         return bool(data)
 
-    def _line(self) -> bytes:
+    def line(self) -> bytes:
+        """Reads one line; returns it without its end."""
         while (at := self._buffer.find(b"\n")) < 0:
             if not self._more():
                 raise Cut(f"the connection ended after {self._buffer!r}")
@@ -166,14 +175,14 @@ class Connection:
         return data
 
     def _fields(self) -> Iterator[tuple[bytes, bytes]]:
-        while line := self._line():
+        while line := self.line():
             match = _FIELD.match(line)
             if match is None or _FORBIDDEN.search(match[2]):
                 raise Malformed(f"no field: {line!r}")
             yield match[1].lower(), match[2]
 
     def _head(self) -> Answer:
-        line = self._line()
+        line = self.line()
         match = _STATUS_LINE.match(line)
         if match is None:
             raise Malformed(f"no status line: {line!r}")
@@ -207,7 +216,7 @@ class Connection:
 
     def _chunks(self, answer: Answer, parts: list[bytes]) -> None:
         while True:
-            line = self._line()
+            line = self.line()
             if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", line):
                 raise Malformed(f"no chunk size: {line!r}")
             size = int(line, 16)
@@ -215,7 +224,7 @@ class Connection:
                 answer.trailers = list(self._fields())
                 return
             parts.append(self._exactly(size))
-            if self._line():
+            if self.line():
                 raise Malformed("a chunk is longer than its size")
 
 
