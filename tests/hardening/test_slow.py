@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import psutil
 import pytest
 
@@ -133,8 +135,6 @@ def test_endless_trailers_are_bounded(world: World) -> None:
         endless.send(world.fill(head))
         for _ in range(300):
             endless.send(b"a" * 100_000)
-        try:
+        with suppress(Cut):  # it may not wait until all is read
             assert endless.answer().status == 400
-        except Cut:
-            pass
     assert _memory(world) - before < 20_000_000
