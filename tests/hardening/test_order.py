@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -251,6 +252,61 @@ def test_a_refusal_can_be_read_while_the_body_is_sent(world: World, chunked: boo
         assert answer.status == 401
         assert answer.says_close
         assert connection.ended() == b""
+
+
+def _mutated(raw: bytes, dice: random.Random) -> bytes:
+    """With a few bytes changed, lost, doubled, or moved from one place to another."""
+    data = bytearray(raw)
+    for _ in range(dice.randrange(1, 4)):
+        at, other = dice.randrange(len(data)), dice.randrange(len(data))
+        what = dice.randrange(5)
+        if what == 0:
+            data[at] = dice.choice(b"\r\n\t\x00 :;,/#%0123456789aAfF\x7f\x80\xff")
+        elif what == 1:
+            del data[at : at + dice.randrange(1, 4)]
+        elif what == 2:
+            data[at:at] = data[at : at + dice.randrange(1, 20)]
+        elif what == 3:
+            data[at:at] = data[other : other + dice.randrange(1, 40)]
+        else:
+            data[at:at] = dice.choice((b"\r\n", b"\n", b"\r", b" ", b"0\r\n\r\n", b"chunked"))
+        if not data:
+            return raw
+    return bytes(data)
+
+
+def test_mutated_requests_are_executed_whole_or_not_at_all(world: World) -> None:
+    """Whole and in pieces alike; what is passed on is well-formed, and counted once."""
+    dice = random.Random(20)
+    originals = [world.fill(raw) for raw in _WHOLE.values()]
+    counted, mark = world.counted(), len(world.recorder.requests)
+    for _ in range(12):
+        connections = []
+        for _ in range(40):
+            raw = _mutated(dice.choice(originals), dice)
+            cut = dice.randrange(len(raw))
+            pair = (Connection(world.port), Connection(world.port))
+            pair[0].send(raw)
+            pair[1].send(raw[:cut])
+            connections.append((*pair, raw[cut:]))
+        world.seen_since(mark)
+        for _, halved, rest in connections:
+            halved.send(rest)
+        world.seen_since(mark)
+        for whole, halved, _ in connections:
+            whole.half_close()
+            halved.half_close()
+            statuses = [_statuses(whole.ended()), _statuses(halved.ended())]
+            assert statuses[0] == statuses[1]
+            whole.sock.close()
+            halved.sock.close()
+    seen = world.seen_since(mark)
+    assert 100 < len(seen) <= world.counted() - counted
+    assert not [stray for stray in world.recorder.strays if not stray.endswith(b"<the end>")]
+
+
+def _statuses(answers: bytes) -> list[bytes]:
+    return re.findall(rb"^HTTP/1\.1 (\d\d\d)", answers, re.MULTILINE)
 
 
 def test_one_request_of_many_connections_at_once_is_counted_once(world: World) -> None:
