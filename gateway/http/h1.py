@@ -108,7 +108,7 @@ class ClientConnection(asyncio.Protocol):
         self._queue: deque[Http1Exchange] | None = None
         self._body: Body | None = None  # of the request that is being received
         self._held = b""
-        self._close = False  # after the answer under way
+        self._close = False  # nothing that may still come is a request
         self._refusal: tuple[int, str, str] | None = None
         self._fault: tuple[int, str, str] | None = None
         self._lingering = -1  # bytes still to be read for nothing; -1 when not closing
@@ -335,8 +335,8 @@ class ClientConnection(asyncio.Protocol):
             exchange.expects = bool(self._expect)
             exchange.body = self._body = Body(self._pause)
         if self._keep_alive < 0 or (version == "1.0" and self._keep_alive != 1):
-            self._close = True
-        exchange.says_keep_alive = version == "1.0" and not self._close
+            self._close = exchange.last = True
+        exchange.says_keep_alive = version == "1.0" and not exchange.last
         if self._active is None:
             self._activate(exchange)
         elif self._queue is None:
@@ -411,7 +411,7 @@ class ClientConnection(asyncio.Protocol):
         """The answer of the active exchange is written."""
         if self._active is not exchange or self._transport is None:
             return
-        if self._close or not exchange.body_complete or self._server.draining:
+        if exchange.last or not exchange.body_complete or self._server.draining:
             self.close()
             return
         self._active = None
@@ -477,10 +477,6 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(408, "request-timeout", "The request took too long to arrive.")
         else:
             self._close_soon(self._transport)
-
-    def close_after(self) -> None:
-        """The answer under way is the last one of this connection."""
-        self._close = True
 
     @property
     def idle(self) -> bool:
@@ -548,10 +544,6 @@ class ClientConnection(asyncio.Protocol):
     def server(self) -> HttpServer:
         return self._server
 
-    @property
-    def closing(self) -> bool:
-        return self._close or self._server.draining
-
     def _release_drain(self) -> None:
         waiter, self._drain_waiter = self._drain_waiter, None
         if waiter is not None and not waiter.done():
@@ -570,7 +562,7 @@ class ClientConnection(asyncio.Protocol):
 class Http1Exchange(Exchange):
     """An exchange over HTTP/1.1 or 1.0."""
 
-    __slots__ = ("_chunked", "_conn", "_left", "body", "expects", "says_keep_alive")
+    __slots__ = ("_chunked", "_conn", "_left", "body", "expects", "last", "says_keep_alive")
 
     def __init__(self, request: Request, conn: ClientConnection) -> None:
         self.request = request
@@ -579,6 +571,7 @@ class Http1Exchange(Exchange):
         self.task = None
         self.body: Body | None = None
         self.expects = False
+        self.last = False  # of its connection
         self.says_keep_alive = False
         self._conn = conn
         self._chunked = False
@@ -595,7 +588,7 @@ class Http1Exchange(Exchange):
         conn = self._conn
         if b"\r\ndate: " not in head:
             head += conn.server.date
-        if conn.closing or (self.body is not None and not self.body.complete):
+        if self.last or conn.server.draining or (self.body is not None and not self.body.complete):
             head += b"connection: close\r\n"
         elif self.says_keep_alive:
             head += b"connection: keep-alive\r\n"
@@ -640,7 +633,7 @@ class Http1Exchange(Exchange):
             chunked, left = True, -1
         else:
             framing, left = b"", -1  # the end of the connection is the end of the body
-            self._conn.close_after()
+            self.last = True
         head = self._head(status, headers, framing)
         self.started = True
         self._chunked, self._left = chunked, left

@@ -23,7 +23,7 @@ postgres: {url: "${TALLYGATE_POSTGRES_URL}", timeout: 5s}
 secrets: {key_pepper: "${TALLYGATE_KEY_PEPPER}"}
 log: {format: json, level: warning}
 upstreams:
-  httpbin: {urls: ["http://127.0.0.1:%d"]}
+  httpbin: {urls: ["http://127.0.0.1:%d"], timeout: {connect: 10s}}
 routes:
   - {match: {path: /*}, upstream: httpbin}
 plans:

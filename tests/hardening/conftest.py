@@ -24,7 +24,7 @@ secrets: {key_pepper: "${TALLYGATE_KEY_PEPPER}"}
 log: {format: json, level: warning}
 meters: {credits: {unit: credit}}
 upstreams:
-  recorder: {urls: ["http://127.0.0.1:%(port)d"]}
+  recorder: {urls: ["http://127.0.0.1:%(port)d"], timeout: {connect: 10s}}
 routes:
   - {match: {path: /paid/dear}, upstream: recorder, meters: {requests: 1, credits: 100}}
   - {match: {path: /paid/*}, upstream: recorder, meters: {requests: 1, credits: 1}}

@@ -61,7 +61,8 @@ told(
 )  # fmt: skip
 told(
     SECTION, "a client that sends request upon request and reads no answer",
-    "no further one is begun until it reads: bounded memory", "test_unread_answers_are_bounded",
+    "no further one is begun until it reads: bounded memory; closed after `idle_timeout`",
+    "test_unread_answers_are_bounded",
 )  # fmt: skip
 told(
     SECTION, "a large body with a request that is refused",

@@ -40,7 +40,8 @@ def test_requests_sent_ahead_are_answered_in_order(world: World) -> None:
     ]
     counted, mark = world.counted(), len(world.recorder.requests)
     with Connection(world.port) as connection:
-        connection.send(world.fill(b"".join(requests * 3)))
+        last = req(b"GET /last HTTP/1.1", b"Connection: close")
+        connection.send(world.fill(b"".join(requests * 3) + last))
         for _ in range(3):
             for raw in requests:
                 method = raw.lstrip(b"\r\n").split(b" ")[0].decode()
@@ -50,9 +51,12 @@ def test_requests_sent_ahead_are_answered_in_order(world: World) -> None:
                     assert answer.status == 401
                 elif method != "HEAD":
                     assert answer.body.startswith(f"{method} {target} HTTP/1.1\r\n".encode())
+                assert not answer.says_close
+        assert connection.answer().says_close
+        assert connection.ended() == b""
     one = ["GET /a", "HEAD /b", "POST /c", "PUT /d", "DELETE /e", "POST /f", "POST /g", "GET /h"]
-    assert _targets(world.seen_since(mark)) == [*one, "GET /i"] * 3
-    assert world.counted() - counted == 27
+    assert _targets(world.seen_since(mark)) == [*one, "GET /i"] * 3 + ["GET /last"]
+    assert world.counted() - counted == 28
     assert not world.recorder.strays
 
 
@@ -90,11 +94,12 @@ def test_nothing_after_an_error_is_executed(world: World, bad: bytes, together: 
 def test_nothing_after_a_broken_body_is_executed(world: World) -> None:
     mark = len(world.recorder.requests)
     with Connection(world.port) as connection:
-        raw = post(_CHUNKED, body=b"5\r\nhello\r\nX\r\n") + req(b"GET /evil HTTP/1.1")
-        connection.send(world.fill(raw))
+        bad = post(_CHUNKED, body=b"5\r\nhello\r\nX\r\n") + req(b"GET /evil HTTP/1.1")
+        connection.send(world.fill(req(b"GET /good HTTP/1.1") + bad))
+        assert connection.answer().status == 200
         assert connection.answer().status == 400
         assert connection.ended() == b""
-    assert world.seen_since(mark) == []
+    assert _targets(world.seen_since(mark)) == ["GET /good"]
 
 
 @pytest.mark.parametrize(
