@@ -1,8 +1,4 @@
-"""One gateway worker: a process with one event loop behind a listening socket of its own.
-
-Workers share the port through SO_REUSEPORT (Granian sets it), so the kernel spreads connections
-and a worker that dies takes only its own with it.
-"""
+"""One gateway worker: a process with one event loop that serves the sockets of its slot."""
 
 from __future__ import annotations
 
@@ -12,47 +8,65 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings
-from granian.log import LogLevels
-from granian.server.embed import Server
 
-from core.config import Address, Snapshot, load
+from core import clock
+from core.config import Snapshot, load
 from core.errors import TallygateError
 from core.telemetry import logs
 from gateway.app import Gateway
+from gateway.http.server import HttpServer, Limits
+from gateway.listeners import Listener
+from gateway.standin import handler, refuse
 
 _log = logs.get_logger()
 
 # Connections one worker serves at once; beyond that the kernel queues. Never more than there are
 # file descriptors for: out of them, accepting would fail and be tried again without end.
-_BACKPRESSURE = 65_536
+_MAX_CONNECTIONS = 65_536
 _RESERVED_FILES = 64
 _FEW_FILES = 4_096
-# How long a connection may be idle or take to send a head. Load balancers keep theirs for about a
-# minute and must not meet one that we are just closing.
-_KEEPALIVE_MS = 75_000
-_BACKLOG = 2_048
 _GC_THRESHOLD = (20_000, 20, 100)
-# Granian's default of 400 KiB is what a slow reader costs; our pieces are at most 64 KiB.
-_WRITE_BUFFER = 128 * 1024
+# How long a handshake may be under way that began before new ones were refused.
+_HANDSHAKE_S = 0.25
+# And how long the rest of the queue may take to be accepted.
+_QUEUE_S = 1.0
+_CONNECTED_POLL_S = 0.05
 
 
-def run(config: Path, listen: Address | None, ready_fd: int = -1, workers: int = 1) -> int:
-    """Runs one of so many workers until SIGTERM or SIGINT; the exit status.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How the supervisor starts a worker.
 
-    One byte is written to `ready_fd` (unless negative) once it listens.
+    Attributes:
+        config: its file.
+        listeners: to be served, and closed, by the worker.
+        ready_fd: one byte is written to it, unless negative, once they are served.
+        workers: how many there are on this host.
+        connected: serve only once both stores are connected.
+        parent: process id of the supervisor.
     """
+
+    config: Path
+    listeners: Sequence[Listener]
+    ready_fd: int = -1
+    workers: int = 1
+    connected: bool = False
+    parent: int = 0
+
+
+def run(start: Start) -> int:
+    """Runs a worker until SIGTERM; the exit status."""
     try:
-        snapshot = load(config)
+        snapshot = load(start.config)
         settings = snapshot.settings
         logs.configure(settings.log.level, settings.log.format, "gateway")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            listen = listen or settings.gateway.listen
-            runner.run(_serve(config, snapshot, listen, ready_fd, workers))
+            runner.run(_serve(start, snapshot))
     except (TallygateError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -61,52 +75,70 @@ def run(config: Path, listen: Address | None, ready_fd: int = -1, workers: int =
     return 0
 
 
-async def _serve(
-    path: Path, snapshot: Snapshot, listen: Address, ready_fd: int, workers: int
-) -> None:
-    gateway = Gateway(path, snapshot, workers)
+async def _serve(start: Start, snapshot: Snapshot) -> None:
+    gateway = Gateway(start.config, snapshot, start.workers)
     await gateway.open()
     # What exists now lives as long as the process: leave it out of every collection to come. And
     # collect rarely: requests leave no cycles behind, so the default only walks live objects.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLD)
-    server = Server(
-        gateway,
-        address=listen.host,
-        port=listen.port,
-        interface=Interfaces.ASGINL,
-        http=HTTPModes.http1,
-        http1_settings=HTTP1Settings(
-            header_read_timeout=_KEEPALIVE_MS, max_buffer_size=_WRITE_BUFFER
-        ),
-        backlog=_BACKLOG,
-        backpressure=_connections(snapshot),
-        websockets=False,
-        log_level=LogLevels.error,
-        log_dictconfig=logs.GRANIAN_LOGGING,
-    )
-    server.workers_kill_timeout = max(1, snapshot.settings.gateway.drain_ms // 1000)
+    limits = Limits(connections=_connections(snapshot))
+    server = HttpServer(handler(gateway), limits=limits, refuse=refuse)
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, server.stop)
+        loop.add_signal_handler(signum, stop.set)
+    loop.add_signal_handler(signal.SIGUSR1, gateway.leave)
     loop.add_signal_handler(signal.SIGHUP, gateway.config.reload)
-    gateway.on_fatal = server.stop
-
-    def on_startup() -> None:  # called once the socket is bound
-        if ready_fd >= 0:
-            os.write(ready_fd, b"1")
-            os.close(ready_fd)
-
-    server.on_startup(on_startup)
+    gateway.on_fatal = stop.set
     try:
-        if gateway.fatal is None:
-            await server.serve()
+        if start.connected:
+            await _until_connected(gateway, stop)
+        if gateway.fatal is None and not stop.is_set():
+            await _listen(server, start)
+            await stop.wait()
+            await _leave(server, gateway, start)
+            await server.drain(snapshot.settings.gateway.drain_ms / 1000)
     finally:
+        await server.close()
         await gateway.close()
         _log.info("stopped")
     if gateway.fatal is not None:
         raise gateway.fatal
+
+
+async def _until_connected(gateway: Gateway, stop: asyncio.Event) -> None:
+    """The supervisor loses its patience if that takes too long."""
+    while not (gateway.connected or stop.is_set()):
+        await asyncio.sleep(_CONNECTED_POLL_S)
+
+
+async def _listen(server: HttpServer, start: Start) -> None:
+    for listener in start.listeners:
+        await server.listen(listener.sock)
+    if start.ready_fd >= 0:
+        os.write(start.ready_fd, b"1")
+        os.close(start.ready_fd)
+
+
+async def _leave(server: HttpServer, gateway: Gateway, start: Start) -> None:
+    """Accepts no more. What waits is left to whoever has the sockets, or accepted when nobody has.
+
+    A worker whose place was taken is stopped by SIGTERM alone; before the whole gateway stops, the
+    supervisor has said so, and refuses new connections. It cannot when it was killed.
+    """
+    orphaned = start.parent and os.getppid() != start.parent
+    if orphaned:
+        gateway.leave()
+        for listener in start.listeners:
+            listener.refuse_new()
+    if gateway.leaving:
+        await asyncio.sleep(_HANDSHAKE_S)
+        end = clock.monotonic() + _QUEUE_S
+        while any(listener.waiting for listener in start.listeners) and clock.monotonic() < end:
+            await asyncio.sleep(0)
+    server.stop_accepting()
 
 
 def _connections(snapshot: Snapshot) -> int:
@@ -119,4 +151,4 @@ def _connections(snapshot: Snapshot) -> int:
     left = soft - upstreams - _RESERVED_FILES
     if left < _FEW_FILES:
         _log.warning("few_files", connections=max(1, left), fix="raise the limit: ulimit -n")
-    return max(1, min(_BACKPRESSURE, left))
+    return max(1, min(_MAX_CONNECTIONS, left))

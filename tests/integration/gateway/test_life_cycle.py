@@ -1,0 +1,221 @@
+"""Connections when the process behind them goes: none that was accepted is reset."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support import free_port, run_module, wait_until
+from tests.support.processes import ROOT, Process
+
+CONFIG = """
+gateway: {drain: %(drain)s, drain_delay: %(delay)s, workers: 1}
+upstreams: {stub: {urls: ["http://127.0.0.1:9"]}}
+routes: [{match: {path: "/*"}, upstream: stub}]
+plans: {basic: {unlimited: true}}
+"""
+HEALTH = b"GET /-/healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+READY = b"GET /-/readyz HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.fixture
+def env(tmp_path: Path, valkey: str) -> dict[str, str]:
+    return {
+        "TALLYGATE_REDIS_URL": valkey,
+        "TALLYGATE_POSTGRES_URL": "postgresql://127.0.0.1:9/none",  # down: no reason not to start
+        "TALLYGATE_KEY_PEPPER": "pepper" * 6,
+        "TALLYGATE_METRICS_DIR": str(tmp_path / "metrics"),
+    }
+
+
+@contextmanager
+def gateway(
+    tmp_path: Path, env: dict[str, str], *, drain: str = "5s", delay: str = "0s"
+) -> Iterator[tuple[Process, int]]:
+    """A gateway of one worker that serves, and its port."""
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG % {"drain": drain, "delay": delay})
+    port = free_port()
+    listen = ("--config", str(config), "--listen", f"127.0.0.1:{port}")
+    with run_module("gateway", *listen, env=env) as process:
+        process.wait_for_http(f"http://127.0.0.1:{port}/-/readyz")
+        yield process, port
+
+
+def worker_of(process: Process) -> psutil.Process:
+    (worker,) = psutil.Process(process.pid).children()
+    return worker
+
+
+@contextmanager
+def queued(port: int, count: int) -> Iterator[list[socket.socket]]:
+    """Connections, each with a request sent, while nobody accepts."""
+    with ExitStack() as stop:
+        found = []
+        for _ in range(count):
+            client = stop.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            client.sendall(HEALTH)
+            found.append(client)
+        yield found
+
+
+def answer(client: socket.socket) -> str:
+    """All of it up to the end of its head."""
+    found = b""
+    while b"\r\n\r\n" not in found:
+        piece = client.recv(4096)
+        assert piece, "closed without an answer"
+        found += piece
+    return found.decode()
+
+
+def ask(port: int, request: bytes) -> int:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        client.sendall(request)
+        return int(answer(client)[9:12])
+
+
+def test_the_queue_of_a_killed_worker_is_served_by_the_next(
+    tmp_path: Path, env: dict[str, str]
+) -> None:
+    with gateway(tmp_path, env) as (process, port):
+        worker = worker_of(process)
+        worker.suspend()
+        with queued(port, 20) as clients:
+            worker.kill()
+            for client in clients:
+                assert answer(client).startswith("HTTP/1.1 200")
+            # also what came while nobody was there
+            assert ask(port, HEALTH) == 200
+        assert worker_of(process).pid != worker.pid
+
+
+def test_what_has_connected_is_answered_before_the_end(tmp_path: Path, env: dict[str, str]) -> None:
+    with gateway(tmp_path, env, delay="50ms") as (process, port):
+        worker = worker_of(process)
+        worker.suspend()
+        with queued(port, 20) as clients:
+            process.signal(signal.SIGTERM)
+            wait_until(lambda: not accepts(port), what="new connections refused")
+            worker.resume()
+            for client in clients:
+                assert answer(client).startswith("HTTP/1.1 200")
+        assert process.wait(10) == 0
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def accepts(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=0.2).close()
+    except (ConnectionRefusedError, TimeoutError):
+        return False
+    return True
+
+
+def test_the_supervisor_is_killed_and_what_has_connected_is_answered(
+    tmp_path: Path, env: dict[str, str]
+) -> None:
+    with gateway(tmp_path, env) as (process, port):
+        worker = worker_of(process)
+        worker.suspend()
+        with queued(port, 20) as clients:
+            process.kill()
+            worker.resume()
+            for client in clients:
+                assert answer(client).startswith("HTTP/1.1 200")
+        wait_until(lambda: not worker.is_running(), what="the worker gone")
+
+
+def test_before_it_drains_it_serves_on_but_is_not_ready(
+    tmp_path: Path, env: dict[str, str]
+) -> None:
+    with gateway(tmp_path, env, delay="1h") as (process, port):
+        worker = worker_of(process)
+        assert ask(port, READY) == 200
+        process.signal(signal.SIGTERM)
+        wait_until(lambda: ask(port, READY) == 503, what="not ready")
+        assert ask(port, HEALTH) == 200
+        process.signal(signal.SIGTERM)  # enough of it
+        assert process.wait(20) == 1
+        assert not worker.is_running()
+
+
+def test_a_second_sigterm_kills(tmp_path: Path, env: dict[str, str]) -> None:
+    with gateway(tmp_path, env, drain="1h") as (process, port):
+        worker = worker_of(process)
+        with unfinished(port):
+            process.signal(signal.SIGTERM)
+            wait_until(lambda: not accepts(port), what="draining")
+            process.signal(signal.SIGTERM)
+            assert process.wait(20) == 1
+        assert not worker.is_running()
+
+
+def test_the_drain_limit_is_the_limit(tmp_path: Path, env: dict[str, str]) -> None:
+    with gateway(tmp_path, env, drain="1s") as (process, port), unfinished(port) as client:
+        assert process.terminate() == 0  # otherwise the supervisor loses its patience: 1
+        assert client.recv(1) == b""
+
+
+@contextmanager
+def unfinished(port: int) -> Iterator[socket.socket]:
+    """A request in flight: the end of its head is missing."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(HEALTH)
+        answer(client)  # accepted, so
+        client.sendall(HEALTH[:-2])
+        yield client
+
+
+def test_sockets_of_a_service_manager_outlive_the_gateway(
+    tmp_path: Path, env: dict[str, str]
+) -> None:
+    """Two gateways one after the other: what connects in between waits."""
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG % {"drain": "5s", "delay": "0s"})
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        port = listener.getsockname()[1]
+        with activated(config, env, listener) as first:
+            assert ask(port, HEALTH) == 200
+            first.terminate()
+            assert first.wait(20) == 0
+        with queued(port, 20) as clients, activated(config, env, listener):
+            for client in clients:
+                assert answer(client).startswith("HTTP/1.1 200")
+
+
+@contextmanager
+def activated(
+    config: Path, env: dict[str, str], listener: socket.socket
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Started as systemd does: sockets from 3 on, and `LISTEN_PID` is the process's own."""
+    code = (
+        "import os, sys; "
+        "os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid()); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+    )
+    fd = str(listener.fileno())
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, fd, "-m", "gateway", "--config", str(config)],
+        env=os.environ | env | {"LISTEN_FDS": "1", "PYTHONPATH": str(ROOT)},
+        pass_fds=(int(fd),),
+        cwd=ROOT,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(20)
