@@ -21,7 +21,7 @@ from core.telemetry import logs
 from gateway.app import Gateway
 from gateway.http.server import HttpServer, Limits
 from gateway.listeners import Listener
-from gateway.standin import handler, refuse
+from gateway.proxy import watch
 
 _log = logs.get_logger()
 
@@ -83,8 +83,20 @@ async def _serve(start: Start, snapshot: Snapshot) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLD)
-    limits = Limits(connections=_connections(snapshot))
-    server = HttpServer(handler(gateway), limits=limits, refuse=refuse)
+    client = snapshot.settings.gateway.client
+    watch.current().body_ticks = watch.ticks(client.body_timeout_ms / 1000)
+    server = HttpServer(
+        gateway,
+        limits=Limits(
+            head=client.max_head,
+            target=client.max_url,
+            fields=client.max_fields,
+            head_s=-(-client.head_timeout_ms // 1000),
+            keepalive_s=-(-client.idle_timeout_ms // 1000),
+            connections=_connections(snapshot),
+        ),
+        refuse=gateway.refuse,
+    )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -110,7 +122,7 @@ async def _serve(start: Start, snapshot: Snapshot) -> None:
 
 async def _until_connected(gateway: Gateway, stop: asyncio.Event) -> None:
     """The supervisor loses its patience if that takes too long."""
-    while not (gateway.connected or stop.is_set()):
+    while not (gateway.connected or stop.is_set()):  # noqa: ASYNC110 - nobody tells
         await asyncio.sleep(_CONNECTED_POLL_S)
 
 
@@ -136,7 +148,7 @@ async def _leave(server: HttpServer, gateway: Gateway, start: Start) -> None:
     if gateway.leaving:
         await asyncio.sleep(_HANDSHAKE_S)
         end = clock.monotonic() + _QUEUE_S
-        while any(listener.waiting for listener in start.listeners) and clock.monotonic() < end:
+        while clock.monotonic() < end and any(there.waiting for there in start.listeners):
             await asyncio.sleep(0)
     server.stop_accepting()
 
