@@ -148,7 +148,7 @@ async def _leave(server: HttpServer, gateway: Gateway, start: Start) -> None:
     if gateway.leaving:
         await asyncio.sleep(_HANDSHAKE_S)
         end = clock.monotonic() + _QUEUE_S
-        while clock.monotonic() < end and any(there.waiting for there in start.listeners):
+        while clock.monotonic() < end and any(there.waiting for there in start.listeners):  # noqa: ASYNC110
             await asyncio.sleep(0)
     server.stop_accepting()
 

@@ -19,8 +19,8 @@ from tests.support.processes import ROOT, Process
 
 CONFIG = """
 gateway: {drain: %(drain)s, drain_delay: %(delay)s, workers: 1}
-upstreams: {stub: {urls: ["http://127.0.0.1:9"]}}
-routes: [{match: {path: "/*"}, upstream: stub}]
+upstreams: {stub: {urls: ["http://127.0.0.1:%(upstream)s"]}}
+routes: [{match: {path: "/*"}, upstream: stub, keyless: true, plan: basic}]
 plans: {basic: {unlimited: true}}
 """
 HEALTH = b"GET /-/healthz HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -39,11 +39,16 @@ def env(tmp_path: Path, valkey: str) -> dict[str, str]:
 
 @contextmanager
 def gateway(
-    tmp_path: Path, env: dict[str, str], *, drain: str = "5s", delay: str = "0s"
+    tmp_path: Path,
+    env: dict[str, str],
+    *,
+    drain: str = "5s",
+    delay: str = "0s",
+    upstream: int = 9,
 ) -> Iterator[tuple[Process, int]]:
     """A gateway of one worker that serves, and its port."""
     config = tmp_path / "config.yaml"
-    config.write_text(CONFIG % {"drain": drain, "delay": delay})
+    config.write_text(CONFIG % {"drain": drain, "delay": delay, "upstream": upstream})
     port = free_port()
     listen = ("--config", str(config), "--listen", f"127.0.0.1:{port}")
     with run_module("gateway", *listen, env=env) as process:
@@ -136,6 +141,37 @@ def test_the_supervisor_is_killed_and_what_has_connected_is_answered(
         wait_until(lambda: not worker.is_running(), what="the worker gone")
 
 
+def test_an_answer_that_was_not_the_last_is_followed_by_another(
+    tmp_path: Path, env: dict[str, str]
+) -> None:
+    """Its head said nothing of closing, so the client may send again on the connection."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as upstream,
+        gateway(tmp_path, env, upstream=upstream.getsockname()[1]) as (process, port),
+        socket.create_connection(("127.0.0.1", port), timeout=20) as client,
+    ):
+        upstream.settimeout(20)
+        client.sendall(b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n")
+        there, _ = upstream.accept()
+        with there:
+            there.recv(4096)
+            there.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nab")
+            head = answer(client)
+            assert "connection: close" not in head.lower()
+            process.signal(signal.SIGTERM)
+            wait_until(lambda: not accepts(port), what="draining")
+            there.sendall(b"cd")
+            body = head.partition("\r\n\r\n")[2]
+            while len(body) < 4:
+                body += client.recv(16).decode()
+            assert body == "abcd"
+            client.sendall(HEALTH)
+            last = answer(client).lower()
+            assert last.startswith("http/1.1 200")
+            assert "\r\nconnection: close\r\n" in last
+        assert process.wait(20) == 0
+
+
 def test_before_it_drains_it_serves_on_but_is_not_ready(
     tmp_path: Path, env: dict[str, str]
 ) -> None:
@@ -182,7 +218,7 @@ def test_sockets_of_a_service_manager_outlive_the_gateway(
 ) -> None:
     """Two gateways one after the other: what connects in between waits."""
     config = tmp_path / "config.yaml"
-    config.write_text(CONFIG % {"drain": "5s", "delay": "0s"})
+    config.write_text(CONFIG % {"drain": "5s", "delay": "0s", "upstream": 9})
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
