@@ -25,6 +25,7 @@ from core.config import Address, Snapshot
 from core.errors import TallygateError
 from core.telemetry import directory, logs
 from gateway.listeners import Listener, bind
+from gateway.notify import notify
 from gateway.roll import Roll
 from gateway.slots import Slot, WorkerProcess
 
@@ -126,6 +127,7 @@ class Supervisor:
         if worker.came_up():
             if not self._came_up:
                 _log.info("listening", addresses=self._names, workers=len(self._slots))
+                notify("READY=1")
             self._came_up += 1
         status = worker.ended()
         if status is not None:
@@ -163,6 +165,7 @@ class Supervisor:
 
     def _stop(self, status: int) -> int:
         """Drains all workers; a second signal, or the end of the patience, kills them."""
+        notify("STOPPING=1")
         if status == 0 and self._waited_to_be_left():
             self._tell(signal.SIGKILL)
             status = 1

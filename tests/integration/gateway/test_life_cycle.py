@@ -221,13 +221,19 @@ def test_sockets_of_a_service_manager_outlive_the_gateway(
     """Two gateways one after the other: what connects in between waits."""
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG % {"drain": "5s", "delay": "0s", "upstream": 9})
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(64)
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=64) as listener,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+    ):
         port = listener.getsockname()[1]
-        with activated(config, env, listener) as first:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        told = env | {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with activated(config, told, listener) as first:
+            assert manager.recv(100) == b"READY=1"
             assert ask(port, HEALTH) == 200
             first.terminate()
+            assert manager.recv(100) == b"STOPPING=1"
             assert first.wait(20) == 0
         with queued(port, 20) as clients, activated(config, env, listener):
             for client in clients:
