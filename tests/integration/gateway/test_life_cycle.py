@@ -104,6 +104,24 @@ def test_the_queue_of_a_killed_worker_is_served_by_the_next(
         assert worker_of(process).pid != worker.pid
 
 
+def test_a_worker_that_cannot_live_does_not_let_clients_wait(
+    tmp_path: Path, env: dict[str, str]
+) -> None:
+    """Its place on the port is given up between two attempts; then it serves again."""
+    with gateway(tmp_path, env) as (process, port):
+        worker = worker_of(process)
+        for _ in range(5):  # pauses: none, 0.1, 0.2, 0.4, 0.8 s
+            worker.kill()
+            worker = wait_until(lambda old=worker: another(process, old), what="the next one")
+        assert door(port) == "closed"
+        wait_until(lambda: ask(port, HEALTH) == 200, deadline_s=20, what="served again")
+
+
+def another(process: Process, old: psutil.Process) -> psutil.Process | None:
+    found = psutil.Process(process.pid).children()
+    return found[0] if found and found[0].pid != old.pid else None
+
+
 def test_what_has_connected_is_answered_before_the_end(tmp_path: Path, env: dict[str, str]) -> None:
     with gateway(tmp_path, env, delay="50ms") as (process, port):
         worker = worker_of(process)
