@@ -22,7 +22,7 @@ from core.leave import leave
 from core.telemetry import logs
 from gateway import worker
 from gateway.lifeline import die_with_parent
-from gateway.listeners import bind, check_free, inherited, parse_listener
+from gateway.listeners import HTTP, bind, check_free, inherited, parse_listener
 from gateway.roll import CONNECTED
 from gateway.settings import required
 from gateway.supervisor import Supervisor
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.configure(settings.log.level, settings.log.format, "gateway")
     count = arguments.workers or settings.gateway.workers or len(os.sched_getaffinity(0))
     try:
-        return Supervisor(arguments.config, snapshot, [listen], count, given).run()
+        return Supervisor(arguments.config, snapshot, [(listen, HTTP)], count, given).run()
     except TallygateError as error:
         print(error, file=sys.stderr)
         return 1

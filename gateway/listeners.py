@@ -21,7 +21,7 @@ from core.config import Address
 from core.errors import TallygateError
 
 HTTP: Final = "http"
-KINDS: Final = frozenset((HTTP, "https"))
+HTTPS: Final = "https"
 
 # Of systemd's protocol (sd_listen_fds): descriptors from this one on are ours.
 _FIRST_FD: Final = 3
@@ -140,7 +140,7 @@ def inherited(environment: MutableMapping[str, str]) -> list[Listener]:
                 "write ListenStream= and leave Accept= out of the .socket unit"
             )
         name = names[number] if number < len(names) else ""
-        found.append(Listener(sock, name if name in KINDS else HTTP, owned=False))
+        found.append(Listener(sock, HTTPS if name == HTTPS else HTTP, owned=False))
     return found
 
 

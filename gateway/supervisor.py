@@ -54,20 +54,20 @@ FATAL = 1
 class Supervisor:
     """Runs `count` workers until a signal.
 
-    Each has sockets of its own on the addresses of `listen`; or all share those of `given`, which
-    the service manager listens on.
+    Each has sockets of its own on the addresses of `listen`, each with what is spoken there; or all
+    share those of `given`, which the service manager listens on.
     """
 
     def __init__(
         self,
         config: Path,
         snapshot: Snapshot,
-        listen: Sequence[Address],
+        listen: Sequence[tuple[Address, str]],
         count: int,
         given: Sequence[Listener] = (),
     ) -> None:
         self._config = config
-        self._names = [str(address) for address in listen]
+        self._names = [str(address) for address, _ in listen]
         if given:
             self._names = [str(listener.sock.getsockname()) for listener in given]
         self._take_over(snapshot)
@@ -81,7 +81,7 @@ class Supervisor:
         self._environment = dict(os.environ) | _metrics_directory(snapshot)
 
         def sockets() -> list[Listener]:
-            return list(given) or [bind(address) for address in listen]
+            return list(given) or [bind(address, kind) for address, kind in listen]
 
         self._slots = [Slot(number, sockets) for number in range(1, count + 1)]
         self._came_up = 0

@@ -20,7 +20,7 @@ from core.errors import TallygateError
 from core.telemetry import logs
 from gateway.app import Gateway
 from gateway.http.server import HttpServer, Limits
-from gateway.listeners import Listener
+from gateway.listeners import HTTP, Listener
 from gateway.proxy import watch
 
 _log = logs.get_logger()
@@ -128,6 +128,8 @@ async def _until_connected(gateway: Gateway, stop: asyncio.Event) -> None:
 
 async def _listen(server: HttpServer, start: Start) -> None:
     for listener in start.listeners:
+        if listener.kind != HTTP:  # never plain text where somebody expects TLS
+            raise TallygateError(f"LISTEN_FDNAMES: {listener.kind}: TLS is not supported yet")
         await server.listen(listener.sock)
     if start.ready_fd >= 0:
         os.write(start.ready_fd, b"1")
