@@ -189,7 +189,7 @@ class Gateway:
                 await self._leases.close()
                 await self._settler.close()
         await self._loader.close()
-        await self._replay.close()
+        await self._replay.close(_STORE_TIMEOUT_S)
         await self._journal.close()
         await self._seeder.close()
         await self._batcher.close()

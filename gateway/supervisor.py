@@ -45,8 +45,9 @@ SIGNALS = frozenset(
 _STOP = (signal.SIGTERM, signal.SIGINT)
 _POLL_S = 0.25
 _POLL_BUSY_S = 0.02  # while a worker is awaited
-# On top of the drain time: emptying the queue, closing the stores, writing the last metrics.
-_STOP_MARGIN_S = 5.0
+# On top of the drain time: emptying the queue, sending releases, settlements and the spool, closing
+# the stores, each with a time-out of its own.
+_STOP_MARGIN_S = 10.0
 # How a worker ends that found what a restart does not mend: its configuration, its stores' content.
 FATAL = 1
 
