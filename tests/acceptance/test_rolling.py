@@ -93,3 +93,14 @@ def test_a_roll_that_fails_changes_nothing(own_stack: Callable[..., Stack]) -> N
     stack.write_config(CONFIG)
     _roll(stack)
     assert stack.get("/api/x", who.key).status_code == 200
+
+
+def test_a_stop_in_the_middle_of_a_roll_stops_all(own_stack: Callable[..., Stack]) -> None:
+    stack = own_stack(CONFIG, gateways=(WORKERS,))
+    (gateway,) = stack.gateways
+    _all_serving(stack)
+    gateway.signal(signal.SIGUSR2)
+    wait_until(lambda: len(_workers(stack)) > WORKERS, what="a successor")
+    workers = [psutil.Process(pid) for pid in _workers(stack)]
+    assert gateway.terminate() == 0
+    assert not [worker for worker in workers if worker.is_running()]
