@@ -25,7 +25,7 @@ from gateway.lifeline import die_with_parent
 from gateway.listeners import HTTP, bind, check_free, inherited, parse_listener
 from gateway.roll import CONNECTED
 from gateway.settings import required
-from gateway.supervisor import Supervisor
+from gateway.supervisor import SIGNALS, Supervisor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         listen = parse_address(arguments.listen) if arguments.listen else None
         if arguments.worker:
             return worker.run(_start(arguments, listen))
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # obeyed once workers are started
         given = inherited(os.environ)
         snapshot = load(arguments.config)
         required(snapshot)

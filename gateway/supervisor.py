@@ -92,10 +92,11 @@ class Supervisor:
     def run(self) -> int:
         """The exit status: 0 after a clean stop; 1 when no worker ever came up or one was killed.
 
+        `SIGNALS` must be blocked.
+
         Raises:
             TallygateError: an address cannot be listened on.
         """
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for slot in self._slots:  # all of them bound before the first is served
             slot.listeners = slot.bind()
         while True:

@@ -233,6 +233,26 @@ def unfinished(port: int) -> Iterator[socket.socket]:
         yield client
 
 
+def test_a_worker_that_is_not_connected_takes_nobodys_place(
+    tmp_path: Path, env: dict[str, str]
+) -> None:
+    """Postgres is away: the keys in the old one's cache are all that can be served."""
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG % {"drain": "5s", "delay": "0s", "upstream": 9})
+    port = free_port()
+    patience = "import sys, gateway.roll as r; r.COMES_UP_S = 2; "
+    code = patience + "from gateway.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    listen = ("--config", str(config), "--listen", f"127.0.0.1:{port}")
+    with Process([sys.executable, "-c", code, *listen], env=env) as process:
+        process.wait_for_http(f"http://127.0.0.1:{port}/-/readyz")
+        worker = worker_of(process)
+        process.signal(signal.SIGUSR2)
+        process.wait_for_output("it was not connected within 2 s")
+        assert worker_of(process).pid == worker.pid
+        assert ask(port, HEALTH) == 200
+        assert process.terminate() == 0
+
+
 def test_sockets_of_a_service_manager_outlive_the_gateway(
     tmp_path: Path, env: dict[str, str]
 ) -> None:
