@@ -368,7 +368,8 @@ class ClientConnection(asyncio.Protocol):
         """The answer of the active exchange is written."""
         if self._active is not exchange or self._transport is None:
             return
-        if self._close or not exchange.body_complete or self._server.draining:
+        # While draining, an answer that began before did not say that it is the last one.
+        if self._close or not exchange.body_complete:
             self.close()
             return
         self._active = None
@@ -437,6 +438,11 @@ class ClientConnection(asyncio.Protocol):
     def task(self) -> asyncio.Task[None] | None:
         """That of the request being answered."""
         return None if self._active is None else self._active.task
+
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 once it is closed."""
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        return -1 if sock is None else int(sock.fileno())
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -536,6 +542,7 @@ class Http1Exchange(Exchange):
             head += conn.server.date
         if conn.closing or (self.body is not None and not self.body.complete):
             head += b"connection: close\r\n"
+            conn.close_after()
         elif self.says_keep_alive:
             head += b"connection: keep-alive\r\n"
         return b"%b%b\r\n" % (head, framing)
