@@ -122,7 +122,8 @@ class ClientConnection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self.peer = peer[0] if isinstance(peer, tuple) else ""
         self.parser = HttpRequestParser(self)
-        self.deadline = self._server.tick + self._server.limits.head_s
+        # Load balancers open connections ahead of their use: silence is idleness, no slow head.
+        self.deadline = self._server.tick + self._server.limits.keepalive_s
         self._server.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
