@@ -138,7 +138,8 @@ class ClientConnection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self.peer = peer[0] if isinstance(peer, tuple) else ""
         self.parser = HttpRequestParser(self)
-        self.deadline = self._server.tick + self._server.limits.head_s
+        # Load balancers open connections ahead of their use: silence is idleness, no slow head.
+        self.deadline = self._server.tick + self._server.limits.keepalive_s
         self._server.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -170,12 +171,18 @@ class ClientConnection(asyncio.Protocol):
             self._lingering -= len(data)
             if self._lingering < 0 and self._transport is not None:
                 self._transport.abort()
-        elif self._held or (self._body is None and (self._active is not None or self._stalled)):
+        elif self._held or self._must_hold():
             self._hold(data)
         elif len(data) <= _SLICE:
             self._feed(data)
         else:
             self._feed_slices(data)
+
+    def _must_hold(self) -> bool:
+        """What comes now is no part of the request being answered: it is not read yet."""
+        if self._active is None:
+            return self._stalled
+        return self._body is None or bool(self._queue)
 
     def _hold(self, data: bytes) -> None:
         """Sent ahead of an answer: it waits for its turn."""
@@ -186,7 +193,7 @@ class ClientConnection(asyncio.Protocol):
             self._pause(True)
 
     def _feed_held(self) -> None:
-        if self._active is None and not self._stalled and self._lingering < 0 and self._transport:
+        if self._transport is not None and self._lingering < 0 and not self._must_hold():
             held, self._held = self._held, b""
             self._pause(False)
             self._feed_slices(held)
@@ -194,7 +201,7 @@ class ClientConnection(asyncio.Protocol):
     def _feed_slices(self, data: bytes) -> None:
         at = 0
         while at < len(data) and self._transport is not None:
-            if self._body is None and (self._active is not None or self._stalled):
+            if self._must_hold():
                 self._hold(data[at:])
                 return
             size = _SLICE if self._body is None else max(_SLICE, min(self._length, _HELD_MAX))
@@ -411,7 +418,8 @@ class ClientConnection(asyncio.Protocol):
         """The answer of the active exchange is written."""
         if self._active is not exchange or self._transport is None:
             return
-        if exchange.last or not exchange.body_complete or self._server.draining:
+        # While draining, an answer that began before did not say that it is the last one.
+        if exchange.last or not exchange.body_complete:
             self.close()
             return
         self._active = None
@@ -428,6 +436,8 @@ class ClientConnection(asyncio.Protocol):
         """The next request, or the wait for one."""
         if self._queue:
             self._activate(self._queue.popleft())
+            if self._held and not self._must_hold():  # the rest of its body
+                self._server.loop.call_soon(self._feed_held)
             return
         limits = self._server.limits
         self.deadline = self._server.tick + (limits.head_s if self._in_head else limits.keepalive_s)
@@ -472,7 +482,7 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = 0
         if self._lingering >= 0:
             self._transport.abort()
-        elif self._in_head and self._head_bytes:
+        elif self._in_head and self._head_bytes and not self._stalled:
             self._in_head = False
             self._refuse(408, "request-timeout", "The request took too long to arrive.")
         else:
@@ -487,6 +497,11 @@ class ClientConnection(asyncio.Protocol):
     def task(self) -> asyncio.Task[None] | None:
         """That of the request being answered."""
         return None if self._active is None else self._active.task
+
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 once it is closed."""
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        return -1 if sock is None else int(sock.fileno())
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -590,6 +605,7 @@ class Http1Exchange(Exchange):
             head += conn.server.date
         if self.last or conn.server.draining or (self.body is not None and not self.body.complete):
             head += b"connection: close\r\n"
+            self.last = True
         elif self.says_keep_alive:
             head += b"connection: keep-alive\r\n"
         return b"%b%b\r\n" % (head, framing)

@@ -65,6 +65,11 @@ told(
     "test_unread_answers_are_bounded",
 )  # fmt: skip
 told(
+    SECTION, "a client that sends request upon request ahead of a slow answer",
+    "some 64 KiB are read; the rest waits in its own buffers",
+    "test_what_is_sent_ahead_of_a_slow_answer_is_bounded",
+)  # fmt: skip
+told(
     SECTION, "a large body with a request that is refused",
     "the answer can be read: what still comes is read and dropped for a moment",
     "test_a_refusal_can_be_read_while_the_body_is_sent",

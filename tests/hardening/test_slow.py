@@ -149,6 +149,26 @@ def test_small_requests_sent_ahead_are_bounded(world: World) -> None:
     del world.recorder.requests[mark:]
 
 
+def test_what_is_sent_ahead_of_a_slow_answer_is_bounded(world: World) -> None:
+    before = _memory(world)
+    mark = len(world.recorder.requests)
+    body = b"y" * 60_000
+    raw = world.fill(req(b"POST /ahead HTTP/1.1", b"Content-Length: %d" % len(body), body=body))
+    with Connection(world.port) as greedy:
+        greedy.send(world.good(path="/wait"))
+        assert _is_held_up(greedy, raw, 4000)
+        assert _memory(world) - before < 20_000_000
+        assert [seen.target for seen in world.seen_since(mark)] == ["/wait"]
+        world.recorder.release()
+        greedy.sock.settimeout(20)
+        assert greedy.answer().status == 200
+        assert greedy.answer().status == 200
+        greedy.reset()
+    wait_until(lambda: world.stack.metric("tallygate_requests_in_flight") == 0)
+    world.recorder.strays.clear()
+    del world.recorder.requests[mark:]
+
+
 def test_endless_trailers_are_bounded(world: World) -> None:
     before = _memory(world)
     head = req(b"POST /cut HTTP/1.1", b"Transfer-Encoding: chunked", body=b"0\r\nX-A: ")

@@ -40,7 +40,7 @@ class Recorder:
     """A context manager; listens on `port` in a thread of its own.
 
     Answers 200 with the bytes of the request, or with `answers[target]`, raw, after which it closes
-    the connection. `requests` is everything that was read, `strays` what nobody should have sent.
+    the connection; `/wait` waits for `release()`. `requests` is everything that was read, `strays` what nobody should have sent.
     """
 
     def __init__(self) -> None:
@@ -51,6 +51,7 @@ class Recorder:
         self.port = 0
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
+        self._gate = asyncio.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Recorder:
@@ -61,6 +62,10 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+
+    def release(self) -> None:
+        """Lets all that waits be answered, now and later."""
+        self._loop.call_soon_threadsafe(self._gate.set)
 
     def _run(self) -> None:
         async def listen() -> None:
@@ -79,6 +84,8 @@ class Recorder:
                 got.clear()
                 seen = await self._read(reader, got)
                 self.requests.append(seen)
+                if seen.target == "/wait":
+                    await self._gate.wait()
                 answer = self.answers.get(seen.target)
                 if answer is not None:
                     writer.write(answer)
