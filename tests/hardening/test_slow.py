@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import psutil
@@ -85,12 +86,18 @@ def test_a_slow_body_that_goes_on_is_taken(world: World, hasty: int) -> None:
     assert [seen.body for seen in world.seen_since(mark)] == [b"x" * 8]
 
 
-def _is_held_up(connection: Connection, raw: bytes, times: int) -> bool:
+def _is_held_up(
+    connection: Connection,
+    raw: bytes,
+    times: int,
+    between: Callable[[], object] = lambda: None,
+) -> bool:
     """Sends again and again; whether that comes to a stop because it is not read any more."""
     connection.sock.settimeout(1)
     try:
         for _ in range(times):
             connection.sock.sendall(raw)
+            between()
     except TimeoutError:
         return True
     return False
@@ -155,8 +162,11 @@ def test_what_is_sent_ahead_of_a_slow_answer_is_bounded(world: World) -> None:
     body = b"y" * 60_000
     raw = world.fill(req(b"POST /ahead HTTP/1.1", b"Content-Length: %d" % len(body), body=body))
     with Connection(world.port) as greedy:
-        greedy.send(world.good(path="/wait"))
-        assert _is_held_up(greedy, raw, 4000)
+        first = req(b"POST /wait HTTP/1.1", b"Content-Length: 3", body=b"abc")
+        # Each piece begins and ends within a body, and is read before the next is sent.
+        greedy.send(world.fill(first) + raw + raw[:30_000])
+        piece = raw[30_000:] + raw[:30_000]
+        assert _is_held_up(greedy, piece, 800, lambda: world.seen_since(mark))
         assert _memory(world) - before < 20_000_000
         assert [seen.target for seen in world.seen_since(mark)] == ["/wait"]
         world.recorder.release()

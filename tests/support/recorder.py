@@ -40,7 +40,8 @@ class Recorder:
     """A context manager; listens on `port` in a thread of its own.
 
     Answers 200 with the bytes of the request, or with `answers[target]`, raw, after which it closes
-    the connection; `/wait` waits for `release()`. `requests` is everything that was read, `strays` what nobody should have sent.
+    the connection; `/wait` waits for `release()`. `requests` is everything that was read, `strays`
+    what nobody should have sent.
     """
 
     def __init__(self) -> None:
