@@ -45,7 +45,7 @@ class Matcher:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
 
-    def __call__(self, request: Request, request_id: str) -> RouteRuntime:
+    def match(self, request: Request, request_id: str) -> RouteRuntime:
         """The route that goes upstream.
 
         Raises:
@@ -58,11 +58,15 @@ class Matcher:
         if runtime.has_cors and method == "OPTIONS":
             self._preflight(request, host)
         route = runtime.router.match(path, method, host)
-        if not is_plain(request.raw_path, path):
+        if (request.odd or "//" in path) and not is_plain(request):
             self._check_readings(request, request_id, host, route)
+        elif (
+            route is not None
+            and route.lookalikes is not None
+            and route.lookalikes.hit_plain(path, method, host)
+        ):
+            raise _ambiguous(request_id)
         if isinstance(route, RouteRuntime):
-            if route.lookalikes is not None and route.lookalikes.hit(path, method, host):
-                raise _ambiguous(request_id)
             return route
         if route is not None:
             raise self._static(route, request, request_id)
@@ -96,7 +100,7 @@ class Matcher:
         except PathRefused as error:
             problem = problems.bad_request(str(error), request_id=request_id)
             raise Refusal(problem, "bad_request", error.reason) from None
-        lookalikes = route.lookalikes if isinstance(route, RouteRuntime) else None
+        lookalikes = route.lookalikes
         for reading in readings:
             if self._runtime.router.match(reading, method, host) is not route or (
                 lookalikes is not None and lookalikes.hit(reading, method, host)

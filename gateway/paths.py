@@ -18,10 +18,7 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from core.policy import Route
-
-# Bytes of a path that mean the same to everybody, wherever they stand. A dot may make a segment
-# that is none; all others that are missing here are looked at one by one.
-_PLAIN: Final = bytes(byte for byte in range(0x21, 0x7F) if byte not in b"%\\;#?.")
+from gateway.http.message import Request
 
 # How often a path may be encoded over and over. Nobody means more than two.
 _ROUNDS: Final = 3
@@ -29,6 +26,7 @@ _ROUNDS: Final = 3
 _ENCODED: Final = re.compile(r"%[0-9A-Fa-f]{2}")
 _MALFORMED: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ENCODED_SLASH: Final = re.compile(rb"%2[Ff]|%5[Cc]")
+_NOISE: Final = re.compile(r";|//|\./| /")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -40,9 +38,9 @@ class PathRefused(ValueError):
         self.reason = reason
 
 
-def is_plain(raw: bytes, path: str) -> bool:
-    """Whether a path can be read in one way only: nearly all can. `path` is `raw`, decoded."""
-    odd = raw.translate(None, _PLAIN)
+def is_plain(request: Request) -> bool:
+    """Whether the path can be read in one way only: nearly all can."""
+    path, odd = request.path, request.odd
     return "//" not in path and (not odd or ("/." not in path and not odd.strip(b".")))
 
 
@@ -118,7 +116,7 @@ def folded(path: str) -> str:
     if not path.isascii():
         path = unicodedata.normalize("NFKC", path)
     path = path.casefold()
-    if path[-1:] in (".", " ") or any(odd in path for odd in (";", "//", "./", " /")):
+    if path[-1:] in (".", " ") or _NOISE.search(path):
         parts = [part.partition(";")[0].rstrip(". ") for part in path.split("/")]
         path = "/" + "/".join(filter(None, parts))
         if not parts[-1] and len(path) > 1:
@@ -133,10 +131,12 @@ class Lookalikes:
     one that only looks like it would be charged as the prefix route and may be served as the other.
     """
 
-    __slots__ = ("_rows",)
+    __slots__ = ("_in_lower_case", "_rows")
 
-    def __init__(self, rows: Iterable[tuple[bool, str, frozenset[str], str]]) -> None:
+    def __init__(self, rows: Iterable[tuple[bool, str, frozenset[str], str]], lower: bool) -> None:
+        """`lower` says that the routes are spelled as they are folded."""
         self._rows = tuple(rows)
+        self._in_lower_case = lower
 
     @classmethod
     def of(cls, route: Route, earlier: Sequence[Route]) -> Lookalikes | None:
@@ -145,18 +145,32 @@ class Lookalikes:
             return None
         stem = folded(route.path[:-1])
         rows = []
+        lower = True
         for other in earlier:
             prefix = other.path.endswith("/*")
-            start = folded(other.path[:-1] if prefix else other.path)
+            spelled = other.path[:-1] if prefix else other.path
+            start = folded(spelled)
             if (prefix and start == stem) or not f"{start}/".startswith(stem):
                 continue
             if (other.host and route.host and other.host != route.host) or _same(other, route):
                 continue
             methods = other.methods | {"HEAD"} if "GET" in other.methods else other.methods
+            lower = lower and start == spelled
             if not prefix:
                 start = start.rstrip("/")
             rows.append((prefix, start, methods, other.host.lower()))
-        return cls(rows) if rows else None
+        return cls(rows, lower) if rows else None
+
+    def hit_plain(self, path: str, method: str, host: str) -> bool:
+        """`hit`, for a path that `is_plain`: nearly none is spelled so that it could be one."""
+        if (
+            self._in_lower_case
+            and path.islower()
+            and path[-1] != "/"
+            and ("." not in path or (path[-1] != "." and "./" not in path))
+        ):
+            return False
+        return self.hit(path, method, host)
 
     def hit(self, path: str, method: str, host: str) -> bool:
         """Whether a path that matched the route may be meant for another. `host` is in lower case,

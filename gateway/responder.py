@@ -56,7 +56,7 @@ class Responder:
         metrics: LocalMetrics,
     ) -> None:
         self.runtime = runtime
-        self._match = Matcher(runtime)
+        self._match = Matcher(runtime).match
         self._authenticator = authenticator
         self._limiter = limiter
         self._metrics = metrics

@@ -29,7 +29,7 @@ from gateway.outage.local import compile_local
 from gateway.paths import Lookalikes
 from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.request import RequestRules
-from gateway.proxy.rewrite import Fields, HeaderEdits, PathEdit
+from gateway.proxy.rewrite import Fields, HeaderEdits, path_edit
 from gateway.router import Router
 
 
@@ -90,8 +90,7 @@ class RouteRuntime:
                 self.default_server = None
         self.alters_answers = self.cors is not None or self.response_fields is not None
         self._edits = HeaderEdits(rules.request) if rules.request is not None else None
-        path = (route.strip_prefix, rules.add_prefix, rules.rewrite)
-        self._path = PathEdit(*path) if any(path) else None
+        self._path = path_edit(route.strip_prefix, rules.add_prefix, rules.rewrite)
         self.route = route
         self.pool = pool
         self.plans = plans
@@ -134,12 +133,13 @@ class RouteRuntime:
 class StaticRoute:
     """A route that answers by itself. `fields` are those of the answer."""
 
-    __slots__ = ("answer", "cors", "fields", "route")
+    __slots__ = ("answer", "cors", "fields", "lookalikes", "route")
 
     def __init__(self, route: Route, answer: StaticAnswer, key: KeySettings) -> None:
         self.route = route
         self.answer = answer
         self.fields = Fields(answer.fields)
+        self.lookalikes: Lookalikes | None = None  # it is served here, and read in one way
         rules = route.rules
         self.cors = CorsRules(rules.cors, key.headers) if rules.cors is not None else None
 

@@ -9,7 +9,7 @@ Host. `/a?` and `/a` leave alike, as `/a`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
@@ -19,7 +19,7 @@ from gateway.forwarded import TrustedProxies, forwarded_nodes
 from gateway.http.errors import BadRequest, PayloadTooLarge
 from gateway.http.message import Header, Request
 from gateway.proxy.headers import HOP_BY_HOP, Target, connection_tokens
-from gateway.proxy.rewrite import HOST_BYTES, Facts, HeaderEdits, PathEdit
+from gateway.proxy.rewrite import HOST_BYTES, Facts, HeaderEdits
 
 _FORWARDED: Final = frozenset(
     (
@@ -120,7 +120,7 @@ class RequestRules:
     def __init__(
         self,
         *,
-        path: PathEdit | None = None,
+        path: Callable[[bytes], bytes] | None = None,
         drop_headers: Collection[bytes] = (),
         key_headers: Collection[bytes] = (),
         drop_query: Collection[str] = (),
@@ -234,15 +234,11 @@ class RequestRules:
         # Each line brought one CR and one LF: any other came from inside a value.
         if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
             raise BadRequest("a header field contains a line break")
-        return RequestHead(
-            request.method.encode("ascii"),
-            self._path(request),
-            fields + b"\r\n",
-            body_length,
-            request_id,
-            host if self._preserve_host else self._host,
-            self._max_body,
-        )
+        method, path, fields = request.method.encode("ascii"), self._path(request), fields + b"\r\n"
+        if not body_length and not self._preserve_host:
+            return RequestHead(method, path, fields, 0, request_id, self._host)
+        to = host if self._preserve_host else self._host
+        return RequestHead(method, path, fields, body_length, request_id, to, self._max_body)
 
     def _check_host(self, host: bytes) -> None:
         if host.translate(None, HOST_BYTES):

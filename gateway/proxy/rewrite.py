@@ -98,45 +98,41 @@ class HeaderEdits:
         self.fields = Fields(rules.fields)
 
 
-class PathEdit:
-    """The path that goes upstream, made of the one that came: its bytes, as they were sent.
+def path_edit(
+    strip: str = "", add: str = "", rewrite: Rewrite | None = None
+) -> Callable[[bytes], bytes] | None:
+    """What makes the path that goes upstream of the one that came; None keeps it.
 
-    `strip` and `add` are prefixes; `rewrite` says all of it.
+    `strip` and `add` are prefixes; `rewrite` says all of it. The bytes of the path stay as they
+    were sent. What is returned raises BadRequest where what is left would not be read alike by
+    everybody.
     """
+    if rewrite is not None:
+        return _Rewriting(rewrite)
+    prefix, added = strip.rstrip("/").encode(), add.encode()
 
-    __slots__ = ("_add", "_pattern", "_result", "_strip")
+    def edit(raw: bytes) -> bytes:
+        if prefix:
+            raw = strip_prefix(raw, prefix)
+            if raw[1:2] == b"/":
+                # Who resolves it as a reference takes what follows for a host, and serves the rest.
+                raise BadRequest("the path begins with two slashes once its prefix is gone")
+        return added + raw if added else raw
 
-    def __init__(self, strip: str = "", add: str = "", rewrite: Rewrite | None = None) -> None:
-        self._strip = strip.rstrip("/").encode()
-        self._add = add.encode()
-        self._pattern: tuple[tuple[bytes, str], ...] = ()
-        if rewrite is not None:
-            self._pattern = tuple(
-                (b"", part[1:-1]) if part.startswith("{") else (part.encode(), "")
-                for part in rewrite.pattern
-            )
-            self._result = rewrite.result
+    return edit if prefix or added else None
+
+
+class _Rewriting:
+    __slots__ = ("_pattern", "_result")
+
+    def __init__(self, rewrite: Rewrite) -> None:
+        self._pattern = tuple(
+            (b"", part[1:-1]) if part.startswith("{") else (part.encode(), "")
+            for part in rewrite.pattern
+        )
+        self._result = rewrite.result
 
     def __call__(self, raw: bytes) -> bytes:
-        """
-        Raises:
-            BadRequest: what is left is no path that everybody reads alike.
-        """
-        if self._pattern:
-            raw = self._rewritten(raw)
-            if _has_dots(raw):
-                raise BadRequest("The path contains `.` or `..` segments once it is rewritten.")
-        else:
-            if self._strip:
-                raw = strip_prefix(raw, self._strip)
-            if self._add:
-                raw = self._add + raw
-        if raw[1:2] == b"/":
-            # Who resolves it as a reference takes what follows for a host, and serves the rest.
-            raise BadRequest("The path begins with two slashes once its prefix is gone.")
-        return raw
-
-    def _rewritten(self, raw: bytes) -> bytes:
         """Linear in the path: each segment is looked at once."""
         pattern = self._pattern
         segments = raw[1:].split(b"/")
@@ -155,14 +151,17 @@ class PathEdit:
                 return raw
         if rest:
             taken[pattern[-1][1][:-3]] = b"/".join(segments[len(pattern) - 1 :])
-        return b"".join(
+        made = b"".join(
             taken[part] if index % 2 else part.encode() for index, part in enumerate(self._result)
         )
+        if made[1:2] == b"/" or _has_dots(made):
+            raise BadRequest("the path has two slashes or dots where it was rewritten")
+        return made
 
 
 def _has_dots(raw: bytes) -> bool:
-    return b"/." in raw and any(
-        part.partition(b";")[0] in (b".", b"..") for part in raw.split(b"/")
+    return any(
+        unquote_to_bytes(part.partition(b";")[0]) in (b".", b"..") for part in raw.split(b"/")
     )
 
 

@@ -26,7 +26,7 @@ from gateway.proxy import watch
 from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.relay import relay
 from gateway.proxy.request import RequestRules
-from gateway.proxy.rewrite import PathEdit
+from gateway.proxy.rewrite import path_edit
 
 EXTRA = [(b"x-tallygate", b"yes")]
 DROP = frozenset((b"x-drop-me",))
@@ -46,7 +46,7 @@ class App:
             )
         )
         self.rules = RequestRules(
-            path=PathEdit(env.get("STRIP_PREFIX", "")),
+            path=path_edit(env.get("STRIP_PREFIX", "")),
             drop_headers=(b"x-api-key",),
             drop_query=("api_key",),
             trusted=TrustedProxies(filter(None, env.get("TRUSTED", "").split(","))),
