@@ -336,7 +336,7 @@ class CorsSpec(Section):
     def _safe(self) -> Self:
         if self.credentials and "*" in self.origins:
             raise ValueError(
-                "origins: * with credentials lets every page act as its visitor; name the origins"
+                "every page could act as its visitor: origins is * and credentials true; name the origins"
             )
         return self
 

@@ -111,8 +111,12 @@ def path_edit(
         return _Rewriting(rewrite)
     prefix, added = strip.rstrip("/").encode(), add.encode()
 
+    cut, below = len(prefix), prefix + b"/"
+
     def edit(raw: bytes) -> bytes:
         if prefix:
+            if not added and raw.startswith(below) and raw[cut + 1 : cut + 2] != b"/":
+                return raw[cut:]  # nearly always so
             raw = strip_prefix(raw, prefix)
             if raw[1:2] == b"/":
                 # Who resolves it as a reference takes what follows for a host, and serves the rest.
