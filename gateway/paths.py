@@ -14,6 +14,7 @@ import dataclasses
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
@@ -124,6 +125,10 @@ def folded(path: str) -> str:
     return path
 
 
+# Each route is compared with all before it.
+_folded_once = lru_cache(maxsize=4096)(folded)
+
+
 class Lookalikes:
     """The routes before a prefix route that are below it, and serve or charge otherwise.
 
@@ -149,7 +154,7 @@ class Lookalikes:
         for other in earlier:
             prefix = other.path.endswith("/*")
             spelled = other.path[:-1] if prefix else other.path
-            start = folded(spelled)
+            start = _folded_once(spelled)
             if (prefix and start == stem) or not f"{start}/".startswith(stem):
                 continue
             if (other.host and route.host and other.host != route.host) or _same(other, route):

@@ -8,11 +8,10 @@ from typing import Any
 from urllib.parse import quote
 
 from core.config.document import Path
+from core.config.headerchanges import AnswerHeaderSpec, RequestHeaderSpec
 from core.config.problems import Problems
 from core.config.rules import (
-    AnswerHeaderSpec,
     CorsSpec,
-    RequestHeaderSpec,
     RespondSpec,
     RewriteSpec,
     RuleKeys,
