@@ -18,6 +18,7 @@ import psutil
 import uvloop
 
 from core.policy import Upstream
+from core.rules import UNLIMITED
 from gateway.forwarded import TrustedProxies
 from gateway.http.errors import ClientDisconnected, ExchangeError
 from gateway.http.exchange import Exchange
@@ -49,6 +50,7 @@ class App:
             path=path_edit(env.get("STRIP_PREFIX", "")),
             drop_headers=(b"x-api-key",),
             drop_query=("api_key",),
+            max_body=int(env.get("MAX_BODY", UNLIMITED)),
             trusted=TrustedProxies(filter(None, env.get("TRUSTED", "").split(","))),
         )
         self.outcomes: Counter[str] = Counter()
