@@ -25,7 +25,7 @@ log: {format: json, level: warning}
 upstreams:
   httpbin: {urls: ["http://127.0.0.1:%d"], timeout: {connect: 10s}}
 routes:
-  - {match: {path: /*}, upstream: httpbin}
+  - {match: {path: /*}, upstream: httpbin, encoded_slash: allow}
 plans:
   all:
     limits: {year: {period: billing, limit: 100_000}}

@@ -67,6 +67,12 @@ TABLE = (
         "100-continue is answered by the gateway, when the body is wanted",
     ),
     Difference(
+        "path", "request",
+        "a path with dot segments, `//` at its start, a backslash, a control character, invalid "
+        "escapes or invalid UTF-8", "refused with 400",
+        "it could be charged as one path and served as another (docs/routes.md)",
+    ),
+    Difference(
         "limits", "answer",
         "RateLimit, RateLimit-Policy, X-RateLimit-Limit, -Remaining, -Reset",
         "added; an application's own are removed", "they tell what is left of the customer's plan",

@@ -286,7 +286,6 @@ for _target in (
         "/anything?a=%20&b=+&c=%2B",
         "/anything?%C3%A9=%E2%82%AC",
         "/anything?a=%00",
-        "/anything/%00",
     ),
     *("/anything/%25", "/anything/%2525", "/anything/%7Euser", "/anything/~user", "/anything/%41"),
     *(
@@ -297,13 +296,7 @@ for _target in (
         '/anything/"q"',
     ),
     *("/anything?a=[1]&b={2}", "/anything?a=b;c=d", "/anything?a=b%26c=d", "/anything?a=%zz"),
-    *(
-        "/anything/%zz",
-        "/anything/%",
-        "/anything/%a",
-        "/anything/a%0d%0ab",
-        "/anything?a=%0d%0aX:1",
-    ),
+    *("/anything?a=%0d%0aX:1",),
     *(
         "/anything/...",
         "/anything/.hidden",
@@ -319,3 +312,9 @@ for _target in (
         _add("GET", _target)
 _add("POST", "/anything?a=1&b=%20;c", body=b"q")
 _add("GET", "/links/10/3")
+
+# Paths that are refused, as they have no honest reading: see docs/routes.md.
+REFUSED = (
+    *("/anything/%00", "/anything/%zz", "/anything/%", "/anything/%a", "/anything/a%0d%0ab"),
+    *("/anything/../get", "/anything/%2e%2e/get", "//anything", "/anything/a\\b", "/anything/%ff"),
+)

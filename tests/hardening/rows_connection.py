@@ -39,6 +39,28 @@ row(
         "endless": req(b"GET /" + b"a" * 200_000 + b" HTTP/1.1"),
     },
 )  # fmt: skip
+_SMALL = b"POST /small/x HTTP/1.1"
+_CHUNKED = b"Transfer-Encoding: chunked"
+row(
+    SECTION, "a body over the route's `max_body`, announced or not",
+    Refused((413,), closed=False, may_count=True),
+    {
+        "length": req(_SMALL, b"Content-Length: 1025", body=b"x" * 1025),
+        "length only": req(_SMALL, b"Content-Length: 999999999999", body=b"x"),
+        "expect": req(_SMALL, b"Content-Length: 1025", b"Expect: 100-continue"),
+        "chunks": req(_SMALL, _CHUNKED, body=b"401\r\n" + b"x" * 1025 + b"\r\n0\r\n\r\n"),
+        "many": req(_SMALL, _CHUNKED, body=b"1\r\nx\r\n" * 1100 + b"0\r\n\r\n"),
+        "a large one": req(_SMALL, _CHUNKED, body=b"ffffffff\r\n" + b"x" * 100_000),
+    },
+    note="before the application sees any of it",
+)  # fmt: skip
+row(
+    SECTION, "a body of just that size", Relayed("passed on", target="/small/x", body=b"x" * 1024),
+    {
+        "length": req(_SMALL, b"Content-Length: 1024", body=b"x" * 1024),
+        "chunks": req(_SMALL, _CHUNKED, body=b"400\r\n" + b"x" * 1024 + b"\r\n0\r\n\r\n"),
+    },
+)  # fmt: skip
 row(
     SECTION, "a body without data: chunk extensions or trailers over 64 KiB",
     Refused((400,), may_count=True),

@@ -32,8 +32,7 @@ row(
 row(
     SECTION, "what some servers take for the same path: `//`, another case, a dot, slash, `;`, "
     "backslash, space or NUL at the end or in between, escapes twice",
-    Path("a path of its own: passed on byte for byte, at its own route's price; or refused, "
-         "where the route says so", same=False),
+    Path("400, or the route and the price of the plain spelling", same=True),
     _paths(
         *("//paid/dear", "/paid//dear", "///paid///dear", "/paid/dear/", "/paid/dear//"),
         *("/PAID/DEAR", "/paid/Dear", "/Paid/dear", "/paid/dear.", "/paid/dear%2e", "/paid/dear.."),
@@ -42,5 +41,13 @@ row(
         *("/paid/%252e%252e/dear", "/paid/%2564ear", "/paid%252fdear", "/paid/d%C1%A5ar"),
         *("/paid/x/..;/dear", "/paid/.;/dear", "/paid/dear%ff", "/paid/dear%3f", "/paid/dear%23"),
         *("/paid/%u0064ear", "/paid/x/%c0%ae%c0%ae/dear", "/paid/dear/%2e%2e;/"),
+    ),
+)  # fmt: skip
+row(
+    SECTION, "the same where no other reading of it takes another route",
+    Path("passed on byte for byte", same=False),
+    _paths(
+        *("/paid/Cheap/A7", "/paid/a//b", "/paid/cheap/", "/paid/v1./x", "/paid/map;v=1"),
+        *("/paid/100%25", "/paid/what%3F", "/paid/dear.json", "/paid/dearer", "/paid/%41"),
     ),
 )  # fmt: skip

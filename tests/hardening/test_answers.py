@@ -75,11 +75,11 @@ def test_no_body_where_none_is_allowed(world: World, status: int, framing: bytes
         assert connection.exchange(world.good()).status == 200
 
 
-@pytest.mark.parametrize("target", [b"/dear%0d%0aX-Evil:1", b"/echo?%0d%0aSet-Cookie:evil"])
+@pytest.mark.parametrize("target", [b"/echo%0d%0aX-Evil:1", b"/echo?%0d%0aSet-Cookie:evil"])
 def test_what_is_repeated_in_a_refusal_cannot_split_it(world: World, target: bytes) -> None:
     raw = req(b"GET %b HTTP/1.1" % target, b"X-Request-Id: a%0d%0aX-Evil:1", key=None)
     answer = ask(world.port, world.fill(raw))
-    assert answer.status == 401
+    assert answer.status in (400, 401)
     assert not answer.get("x-evil")
     assert answer.get("x-request-id") == ["a%0d%0aX-Evil:1"]
 
