@@ -9,7 +9,7 @@ from core.upstream import UpstreamTls
 
 
 class TlsFileError(TallygateError):
-    """A file that is not what it should be. `field` is ca, cert or key, `reason` what and the fix."""
+    """A file that is not what it should be: `field` (ca, cert or key) and the `reason`."""
 
     def __init__(self, field: str, reason: str) -> None:
         self.field = field

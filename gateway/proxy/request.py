@@ -18,7 +18,8 @@ from urllib.parse import unquote_to_bytes
 from core.secrets import KEY_START
 from gateway.forwarded import TrustedProxies, forwarded_nodes
 from gateway.proxy.errors import BadRequest
-from gateway.proxy.headers import HOP_BY_HOP, Header, Target, connection_tokens
+from gateway.proxy.headers import HOP_BY_HOP, Header, connection_tokens
+from gateway.proxy.target import Target
 
 Scope = Mapping[str, Any]
 

@@ -1,0 +1,73 @@
+"""What each try says about the upstream: for its circuit breaker, and for the target's ejection."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gateway.proxy.breaker import CircuitBreaker
+from gateway.proxy.eject import Ejector
+from gateway.proxy.errors import (
+    BadRequest,
+    BreakerOpen,
+    ClientDisconnected,
+    PoolExhausted,
+    ProxyError,
+    RequestTimeout,
+)
+from gateway.proxy.target import Endpoint
+
+# What gateways say of an upstream that does not work. A 500 is not among them: one customer's
+# request could then take the upstream from all the others.
+FAILED: Final = frozenset((502, 503, 504))
+
+# What says nothing about the upstream: the client's doing, or ours.
+_SILENT: Final = (BadRequest, BreakerOpen, ClientDisconnected, PoolExhausted, RequestTimeout)
+
+
+class Judge:
+    """`admit()` before a try; then one of `answered`, `failed` and `dropped` with its ticket."""
+
+    __slots__ = ("breaker", "ejector")
+
+    def __init__(self, breaker: CircuitBreaker | None, ejector: Ejector | None) -> None:
+        self.breaker = breaker
+        self.ejector = ejector
+
+    def admit(self) -> int:
+        """A ticket for one try.
+
+        Raises:
+            BreakerOpen: the upstream is given a rest.
+        """
+        return self.breaker.admit() if self.breaker is not None else 0
+
+    def answered(self, ticket: int, endpoint: Endpoint, status: int) -> None:
+        """The head of an answer is there."""
+        ok = status not in FAILED
+        if self.breaker is not None:
+            self.breaker.settle(ticket, ok)
+        if self.ejector is not None:
+            if ok:
+                self.ejector.succeeded(endpoint)
+            else:
+                self.ejector.failed(endpoint, f"answered {status}")
+
+    def failed(self, ticket: int, endpoint: Endpoint | None, error: ProxyError) -> None:
+        """It failed before its answer began; `endpoint` is None if there was no connection."""
+        if isinstance(error, _SILENT):
+            self.dropped(ticket)
+            return
+        if self.breaker is not None:
+            self.breaker.settle(ticket, False)
+        if self.ejector is not None and endpoint is not None:
+            self.ejector.failed(endpoint, str(error))
+
+    def broke(self, endpoint: Endpoint, error: ProxyError) -> None:
+        """Its answer, which `answered` took for a good one, broke off."""
+        if self.ejector is not None and not isinstance(error, _SILENT):
+            self.ejector.failed(endpoint, str(error))
+
+    def dropped(self, ticket: int) -> None:
+        """It ended without saying anything about the upstream."""
+        if self.breaker is not None:
+            self.breaker.settle(ticket, None)
