@@ -77,7 +77,7 @@ class Endpoints:
                 panicking=lambda: self._panicking,
                 now=now,
             )
-        self._members_changed()
+        self._regroup()
 
     def start(self, report: Report) -> None:
         """Begin checks and look-ups, on the running loop."""
@@ -146,7 +146,8 @@ class Endpoints:
         ]
         self._report.addresses(url, addresses)
         before = set(self.all)
-        self._members_changed()
+        self._regroup()
+        self._on_change()
         for endpoint in self.all:
             if endpoint not in before and self._health is not None:
                 self._health.watch(endpoint)
@@ -179,10 +180,9 @@ class Endpoints:
     def _recovered(self, endpoint: Endpoint) -> None:
         self._report.recovered(endpoint)
 
-    def _members_changed(self) -> None:
+    def _regroup(self) -> None:
         self.all = tuple(endpoint for group in self._of_url for endpoint in group)
         self._refresh()
-        self._on_change()
 
     def _refresh(self) -> None:
         if self._closed:
