@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from core.upstream import HealthCheck
+from gateway.http.errors import ExchangeError
 from gateway.proxy.connect import reason
 from gateway.proxy.connection import UpstreamConnection
-from gateway.proxy.errors import ProxyError
 from gateway.proxy.target import Endpoint
 
 # Workers and gateways must not ask all at once.
@@ -94,7 +94,7 @@ class HealthChecks:
             return f"no answer within {self._rule.timeout_ms} ms"
         except OSError as error:
             return reason(error)
-        except ProxyError as error:
+        except ExchangeError as error:
             return str(error)
         finally:
             if conn is not None:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from typing import Final
 
+from gateway.http.errors import ExchangeError
 from gateway.proxy.breaker import CircuitBreaker
 from gateway.proxy.eject import Ejector
-from gateway.proxy.errors import (
-    BadRequest,
-    BreakerOpen,
-    ClientDisconnected,
-    PoolExhausted,
-    ProxyError,
-    RequestTimeout,
-)
+from gateway.proxy.errors import BreakerOpen, PoolExhausted, ProxyError
 from gateway.proxy.target import Endpoint
 
 # What gateways say of an upstream that does not work. A 500 is not among them: one customer's
 # request could then take the upstream from all the others.
 FAILED: Final = frozenset((502, 503, 504))
 
-# What says nothing about the upstream: the client's doing, or ours.
-_SILENT: Final = (BadRequest, BreakerOpen, ClientDisconnected, PoolExhausted, RequestTimeout)
+# Bounds of ours, which say nothing about the upstream; nor does what the client did.
+_OURS: Final = (BreakerOpen, PoolExhausted)
 
 
 class Judge:
@@ -52,9 +46,9 @@ class Judge:
             else:
                 self.ejector.failed(endpoint, f"answered {status}")
 
-    def failed(self, ticket: int, endpoint: Endpoint | None, error: ProxyError) -> None:
+    def failed(self, ticket: int, endpoint: Endpoint | None, error: ExchangeError) -> None:
         """It failed before its answer began; `endpoint` is None if there was no connection."""
-        if isinstance(error, _SILENT):
+        if not isinstance(error, ProxyError) or isinstance(error, _OURS):
             self.dropped(ticket)
             return
         if self.breaker is not None:
@@ -62,9 +56,9 @@ class Judge:
         if self.ejector is not None and endpoint is not None:
             self.ejector.failed(endpoint, str(error))
 
-    def broke(self, endpoint: Endpoint, error: ProxyError) -> None:
+    def broke(self, endpoint: Endpoint, error: ExchangeError) -> None:
         """Its answer, which `answered` took for a good one, broke off."""
-        if self.ejector is not None and not isinstance(error, _SILENT):
+        if self.ejector is not None and isinstance(error, ProxyError):
             self.ejector.failed(endpoint, str(error))
 
     def dropped(self, ticket: int) -> None:

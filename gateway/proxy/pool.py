@@ -73,9 +73,13 @@ class UpstreamPool:
         now: Callable[[], float] = clock.monotonic,
     ) -> None:
         self.upstream = upstream
-        self.response_timeout_s = upstream.response_timeout_ms / 1000
-        self.idle_timeout_s = (upstream.idle_timeout_ms or upstream.response_timeout_ms) / 1000
-        self.total_timeout_s = upstream.total_timeout_ms / 1000
+        self.response_ticks = watch.ticks(upstream.response_timeout_ms / 1000)
+        idle_ms = upstream.idle_timeout_ms or upstream.response_timeout_ms
+        self.idle_ticks = watch.ticks(idle_ms / 1000)
+        # 0 is no bound.
+        self.total_ticks = (
+            watch.ticks(upstream.total_timeout_ms / 1000) if upstream.total_timeout_ms else 0
+        )
         self.opened = 0
         self.reused = 0
         self.in_use = 0

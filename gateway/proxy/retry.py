@@ -12,12 +12,12 @@ from typing import Final
 
 from core import clock
 from core.upstream import Retries
+from gateway.http.errors import ExchangeError
 from gateway.proxy.errors import (
     BreakerOpen,
     ConnectError,
     ConnectTimeout,
     PoolExhausted,
-    ProxyError,
     ResponseTimeout,
     TlsFailed,
     UpstreamClosed,
@@ -93,7 +93,7 @@ class RetryPolicy:
         """A request begins: its part of the budget."""
         self._budget.request()
 
-    def after_error(self, error: ProxyError, attempt: int, *, safe: bool, sent: bool) -> float:
+    def after_error(self, error: ExchangeError, attempt: int, *, safe: bool, sent: bool) -> float:
         """Seconds to wait before the next try; negative: there is none.
 
         Args:
@@ -123,7 +123,7 @@ class RetryPolicy:
         return self._random(0.0, top)
 
 
-def _cause(error: ProxyError, per_try: bool) -> str:
+def _cause(error: ExchangeError, per_try: bool) -> str:
     if isinstance(error, PoolExhausted | BreakerOpen):
         return ""  # more of the same would make it worse
     if isinstance(error, ConnectError | ConnectTimeout | TlsFailed):
