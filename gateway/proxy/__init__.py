@@ -11,6 +11,8 @@ health.py      active checks
 eject.py       passive ejection of targets that fail
 breaker.py     a rest for an upstream that fails
 judge.py       what each try says about both
+attempts.py    the tries of one request
+body.py        the request body on its way
 retry.py       what may be tried again, and the budget
 report.py      transitions as log lines and metrics
 headers.py     response header rules and what requests and responses share

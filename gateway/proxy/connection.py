@@ -8,7 +8,7 @@ object besides the waiter future.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -147,7 +147,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._saw_close = False
         self._named: tuple[bytes, ...] = ()
         self._fault = ""
-        self.trailers: list[Header] = []
+        self.trailers: Sequence[Header] = ()
 
     # The consumer's side
 
@@ -386,7 +386,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._head_bytes += len(name) + len(value)
         if self._head_bytes > MAX_HEAD or len(self.trailers) >= MAX_TRAILERS:
             self._refuse("too many trailer fields")
-        self.trailers.append((name, value))
+        self.trailers = (*self.trailers, (name, value))
 
     def _refuse(self, fault: str) -> None:
         """Stop parsing: httptools turns the exception into an HttpParserError for feed_data."""

@@ -35,15 +35,15 @@ class Judge:
         """
         return self.breaker.admit() if self.breaker is not None else 0
 
-    def answered(self, ticket: int, endpoint: Endpoint, status: int) -> None:
-        """The head of an answer is there."""
+    def answered(self, ticket: int, endpoint: Endpoint, status: int, complete: bool) -> None:
+        """The head of an answer is there; unless it is `complete`, `ended` or `broke` follows."""
         ok = status not in FAILED
         if self.breaker is not None:
             self.breaker.settle(ticket, ok)
         if self.ejector is not None:
-            if ok:
+            if ok and complete:
                 self.ejector.succeeded(endpoint)
-            else:
+            elif not ok:
                 self.ejector.failed(endpoint, f"answered {status}")
 
     def failed(self, ticket: int, endpoint: Endpoint | None, error: ExchangeError) -> None:
@@ -55,6 +55,11 @@ class Judge:
             self.breaker.settle(ticket, False)
         if self.ejector is not None and endpoint is not None:
             self.ejector.failed(endpoint, str(error))
+
+    def ended(self, endpoint: Endpoint, status: int) -> None:
+        """An answer that took its time is complete."""
+        if self.ejector is not None and status not in FAILED:
+            self.ejector.succeeded(endpoint)
 
     def broke(self, endpoint: Endpoint, error: ExchangeError) -> None:
         """Its answer, which `answered` took for a good one, broke off."""

@@ -57,6 +57,8 @@ class UpstreamPool:
         size: connections that exist or are being opened; never above the upstream's maximum.
         judge: told how each try went; None when nothing depends on it.
         retries: the rules for trying again; None when that is off.
+        guarded: whether there is one of the two.
+        limits: time-outs of a request; `per_try_ticks` that of a try, 0 for none.
         refusing: None, or what raises the reason why requests are refused now: to be asked before
             a request is admitted, so that one that would go nowhere is not counted.
 
@@ -73,12 +75,10 @@ class UpstreamPool:
         now: Callable[[], float] = clock.monotonic,
     ) -> None:
         self.upstream = upstream
-        self.response_ticks = watch.ticks(upstream.response_timeout_ms / 1000)
-        idle_ms = upstream.idle_timeout_ms or upstream.response_timeout_ms
-        self.idle_ticks = watch.ticks(idle_ms / 1000)
-        # 0 is no bound.
-        self.total_ticks = (
-            watch.ticks(upstream.total_timeout_ms / 1000) if upstream.total_timeout_ms else 0
+        self.limits = watch.Limits(
+            watch.ticks(upstream.response_timeout_ms / 1000),
+            watch.ticks((upstream.idle_timeout_ms or upstream.response_timeout_ms) / 1000),
+            watch.ticks(upstream.total_timeout_ms / 1000) if upstream.total_timeout_ms else 0,
         )
         self.opened = 0
         self.reused = 0
@@ -113,6 +113,9 @@ class UpstreamPool:
         self.retries: RetryPolicy | None = None
         if upstream.retries is not None:
             self.retries = RetryPolicy(upstream.retries, now=now, on_retry=self._retried)
+        per_try_ms = upstream.retries.per_try_ms if upstream.retries is not None else 0
+        self.per_try_ticks = watch.ticks(per_try_ms / 1000) if per_try_ms else 0
+        self.guarded = self.judge is not None or self.retries is not None
         self.refusing: Callable[[], None] | None = None
         self._only: list[UpstreamConnection] | None = None
         self._endpoints_changed()
@@ -418,7 +421,8 @@ class UpstreamPool:
 
     def _endpoints_changed(self) -> None:
         every = self._endpoints.all
-        self._only = every[0].idle if len(every) == 1 else None
+        # Where each try is judged, or may be repeated, `attempts` asks for connections.
+        self._only = every[0].idle if len(every) == 1 and not self.guarded else None
 
     def _breaker_changed(self, state: State) -> None:
         if state is not State.CLOSED:
