@@ -12,13 +12,14 @@ from typing import Any
 
 from core import clock, ids
 from core.errors import StoreUnavailableError
-from core.policy import Status, Upstream
+from core.policy import Status
 from core.telemetry import logs
 from core.telemetry.local import LocalMetrics
 from gateway.admission.limiter import Decision, Limiter
 from gateway.answers import problems
 from gateway.answers.headers import SERVER
 from gateway.answers.problems import Problem
+from gateway.answers.upstream import upstream_problem
 from gateway.auth import Authenticator
 from gateway.auth import Outcome as Auth
 from gateway.auth.keycache import Subscription
@@ -26,15 +27,13 @@ from gateway.forwarded import client_group
 from gateway.http.errors import BadRequest, ClientDisconnected, RequestTimeout
 from gateway.http.exchange import Exchange
 from gateway.http.message import Request
-from gateway.proxy.errors import PoolExhausted, ProxyError
+from gateway.proxy.errors import ProxyError
 from gateway.proxy.relay import Outcome, RelayResult, relay
 from gateway.proxy.request import MAX_REQUEST_ID, RequestHead
 from gateway.runtime import PlanOnRoute, RouteRuntime, Runtime
 
 # What a client is told when no decision can be had: short, since a restart of Redis is.
 _OUTAGE_RETRY_S = 1
-# And when its upstream has no connection free: it waited for one already.
-_BUSY_RETRY_S = 1
 
 
 class Refusal(Exception):
@@ -88,6 +87,8 @@ class Responder:
                 on_route = route.anonymous
                 plan_name = on_route.plan.name
                 head = self._head(route, None, request, request_id)
+                if route.pool.refusing is not None:
+                    self._ask_upstream(route, request_id)
                 client = client_group(self.runtime.trusted.client_ip(request.peer, request.headers))
                 subject = f"ip:{plan_name}:{client}"
                 started = clock.monotonic()
@@ -98,6 +99,8 @@ class Responder:
                 on_route = self._plan(route, subscription, request_id)
                 plan_name = subscription.plan
                 head = self._head(route, source, request, request_id)
+                if route.pool.refusing is not None:
+                    self._ask_upstream(route, request_id)
                 started = clock.monotonic()
                 decision = await self._limiter.admit(on_route.admission, subscription, own_id)
             metrics.admission.observe(clock.monotonic() - started)
@@ -117,6 +120,7 @@ class Responder:
                 drop_response_headers=self.runtime.drop_response_headers,
                 default_server=SERVER,
                 before_start=decision.charge.answered if decision.charge is not None else None,
+                balance_key=b"" if route.balance_key is None else route.balance_key(request),
             )
             outcome = self._relayed(result, route, decision)
         except Refusal as refusal:
@@ -144,7 +148,7 @@ class Responder:
             metrics.upstream_errors.inc(upstream.name, error.code)
             self._upstream_seconds[upstream.name].observe(clock.monotonic() - started)
             self._refuse(
-                Refusal(_upstream_problem(error, upstream, request_id), outcome,
+                Refusal(upstream_problem(error, upstream, request_id=request_id), outcome,
                         f"{error.code}: {error}"),
                 exchange, subject, route_name, plan_name, request_id, own_id,
             )  # fmt: skip
@@ -250,6 +254,17 @@ class Responder:
             problem = _client_error(error, request_id)
             raise Refusal(problem, "bad_request", error.code) from None
 
+    def _ask_upstream(self, route: RouteRuntime, request_id: str) -> None:
+        """Whether its upstream takes requests now: one that would go nowhere is not counted."""
+        pool = route.pool
+        try:
+            if pool.refusing is not None:
+                pool.refusing()
+        except ProxyError as error:
+            self._metrics.upstream_errors.inc(pool.upstream.name, error.code)
+            problem = upstream_problem(error, pool.upstream, request_id=request_id)
+            raise Refusal(problem, "upstream_error", f"{error.code}: {error}") from None
+
     @staticmethod
     def _limited(
         decision: Decision, limit_headers: list[tuple[bytes, bytes]], own_id: str, request_id: str
@@ -298,14 +313,6 @@ class Responder:
     def _answer(problem: Problem, exchange: Exchange, request_id: str) -> None:
         headers = [*problem.headers, (b"x-request-id", request_id.encode()), SERVER]
         exchange.respond(problem.status, headers, problem.body)
-
-
-def _upstream_problem(error: ProxyError, upstream: Upstream, request_id: str) -> Problem:
-    if error.status == 504:
-        return problems.gateway_timeout(upstream.response_timeout_ms, request_id=request_id)
-    if isinstance(error, PoolExhausted):
-        return problems.upstream_busy(_BUSY_RETRY_S, request_id=request_id)
-    return problems.bad_gateway(request_id=request_id)
 
 
 def _client_error(error: BadRequest | RequestTimeout, request_id: str) -> Problem:

@@ -22,6 +22,7 @@ from gateway.auth.extract import Source
 from gateway.forwarded import TrustedProxies
 from gateway.outage.decide import OutageRules
 from gateway.outage.local import compile_local
+from gateway.proxy.balance import request_key
 from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.request import RequestRules
 from gateway.router import Router
@@ -40,7 +41,16 @@ class PlanOnRoute:
 class RouteRuntime:
     """A route with everything a request on it needs."""
 
-    __slots__ = ("_key", "_rules", "_trusted", "anonymous", "plans", "pool", "route")
+    __slots__ = (
+        "_key",
+        "_rules",
+        "_trusted",
+        "anonymous",
+        "balance_key",
+        "plans",
+        "pool",
+        "route",
+    )
 
     def __init__(
         self,
@@ -54,6 +64,8 @@ class RouteRuntime:
         self.pool = pool
         self.plans = plans
         self.anonymous = plans[route.plan] if route.keyless else None
+        # What its upstream hashes of a request; None where it does not.
+        self.balance_key = request_key(pool.upstream.hash_by, trusted)
         self._trusted = trusted
         self._key = key
         self._rules: dict[bytes | None, RequestRules] = {}

@@ -8,19 +8,40 @@ they are taken only when there is no other.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from hashlib import blake2b
 from math import gcd
 from typing import Final, Protocol
 
 from core.policy import Upstream
 from core.upstream import Balance
+from gateway.forwarded import TrustedProxies
+from gateway.http.message import Request
 from gateway.proxy.target import Endpoint
 
 # Points on the ring: with 160 for each part of the weight, shares are within some percent.
 _POINTS: Final = 160
 _MAX_POINTS: Final = 32_000
 _FEWEST_POINTS: Final = 4
+
+
+def request_key(hash_by: str, trusted: TrustedProxies) -> Callable[[Request], bytes] | None:
+    """What `{hash: …}` takes of a request: `client_ip`, `path`, or a header by name."""
+    if not hash_by:
+        return None
+    if hash_by == "client_ip":
+        return lambda request: trusted.client_ip(request.peer, request.headers).encode()
+    if hash_by == "path":
+        return lambda request: request.raw_path
+    wanted = hash_by.encode()
+
+    def header(request: Request) -> bytes:
+        for name, value in request.headers:
+            if name == wanted:
+                return value
+        return b""
+
+    return header
 
 
 class Balancer(Protocol):

@@ -8,7 +8,10 @@ from typing import Final
 from gateway.http.errors import BadRequest, ExchangeError
 from gateway.http.exchange import Exchange
 from gateway.proxy.connection import NO_TRAILER, UpstreamConnection
+from gateway.proxy.request import NOT_IN_TRAILERS
 from gateway.proxy.watch import Flight
+
+_NO_TRAILER: Final = NO_TRAILER | NOT_IN_TRAILERS
 
 # So much of a request body, or all of it, is read before an upstream connection is taken: cheaper
 # than a second task, and who sends nothing holds no connection. Its price is that an upstream does
@@ -99,7 +102,7 @@ def _last_chunk(exchange: Exchange) -> bytes:
     lines = [
         b"%b: %b\r\n" % (name, value)
         for name, value in exchange.trailers
-        if name not in NO_TRAILER and b"\r" not in value and b"\n" not in value
+        if name not in _NO_TRAILER and b"\r" not in value and b"\n" not in value
     ]
     return b"0\r\n%b\r\n" % b"".join(lines)
 

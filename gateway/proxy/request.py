@@ -46,6 +46,9 @@ _READ: Final = _FORWARDED | {
 # `expect` is answered here: 100 is sent when the body is first asked for.
 _DROPPED: Final = (HOP_BY_HOP | {b"expect", b"http2-settings"}) - _READ
 
+# What a client may not say after its body, where some upstreams would take it for a header.
+NOT_IN_TRAILERS: Final = _READ | _DROPPED | {b"cookie", b"x-api-key"}
+
 _KEY_START: Final = KEY_START.encode()
 
 # RFC 3986's reg-name, IP-literal and port. No comma: X-Forwarded-Host is read as a list.

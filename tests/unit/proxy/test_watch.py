@@ -36,7 +36,9 @@ def test_who_is_waited_for_decides_what_a_time_out_is() -> None:
     async def run() -> None:
         watcher = watch.Watch(asyncio.get_running_loop())
         watcher.body_ticks = 1
-        flight = Flight(watcher, RecordingExchange(Request("POST", b"/", [])), Limits(1_000, 1_000, 0))
+        flight = Flight(
+            watcher, RecordingExchange(Request("POST", b"/", [])), Limits(1_000, 1_000, 0)
+        )
         watcher.add(flight)
         flight.await_client_body()
         async with asyncio.timeout(5):
