@@ -68,6 +68,7 @@ class RoundRobin:
         self._total = 0
         self._even = True
         self._next = 0
+        self._others = 0
 
     def update(self, endpoints: Sequence[Endpoint]) -> None:
         self._live = [endpoint for endpoint in endpoints if endpoint.live]
@@ -77,7 +78,10 @@ class RoundRobin:
     def pick(self, key: bytes, avoid: Collection[Endpoint]) -> Endpoint:
         live = self._live
         if avoid:
-            live = [endpoint for endpoint in live if endpoint not in avoid] or live
+            # A turn of its own: second tries must not decide where the next first try goes.
+            others = [endpoint for endpoint in live if endpoint not in avoid] or live
+            self._others += 1
+            return others[self._others % len(others)]
         if self._even:
             self._next += 1
             return live[self._next % len(live)]
@@ -86,7 +90,7 @@ class RoundRobin:
             endpoint.current += endpoint.weight
             if endpoint.current > best.current:
                 best = endpoint
-        best.current -= self._total if live is self._live else sum(e.weight for e in live)
+        best.current -= self._total
         return best
 
 
