@@ -122,7 +122,7 @@ class Responder:
                 before_start=decision.charge.answered if decision.charge is not None else None,
                 balance_key=b"" if route.balance_key is None else route.balance_key(request),
             )
-            outcome = self._relayed(result, route, decision)
+            outcome = self._relayed(result, route, decision, request_id)
         except Refusal as refusal:
             outcome = refusal.outcome
             self._refuse(refusal, exchange, subject, route_name, plan_name, request_id, own_id)
@@ -279,7 +279,9 @@ class Responder:
         names = ",".join(state.name for state in decision.states if not state.allowed)
         return Refusal(problem, "limited", names, decision_id)
 
-    def _relayed(self, result: RelayResult, route: RouteRuntime, decision: Decision) -> str:
+    def _relayed(
+        self, result: RelayResult, route: RouteRuntime, decision: Decision, request_id: str
+    ) -> str:
         upstream = route.route.upstream
         self._upstream_seconds[upstream].observe(result.head_ms / 1000)
         if result.outcome is Outcome.COMPLETE:
@@ -288,7 +290,16 @@ class Responder:
             return "client_gone"
         if isinstance(result.error, BadRequest | RequestTimeout):
             return "bad_request"  # its body went wrong after the answer had begun
-        self._metrics.upstream_errors.inc(upstream, result.error.code if result.error else "broken")
+        code = result.error.code if result.error else "broken"
+        self._metrics.upstream_errors.inc(upstream, code)
+        logs.get_logger().warning(
+            "upstream_answer_broken",
+            request_id=request_id,
+            route=route.route.name,
+            upstream=upstream,
+            code=code,
+            reason=str(result.error),
+        )
         return "upstream_error"
 
     def _refuse(

@@ -24,7 +24,7 @@ class Sender(Protocol):
     error: ExchangeError | None
 
     async def connection(
-        self, avoid: Collection[Endpoint], fresh: bool = False
+        self, key: bytes, avoid: Collection[Endpoint], fresh: bool = False
     ) -> UpstreamConnection: ...
 
     async def send(
@@ -37,13 +37,14 @@ class Sender(Protocol):
 
 
 async def attempts(
-    sender: Sender, pool: UpstreamPool, method: bytes, body: bytes, length: int
+    sender: Sender, pool: UpstreamPool, method: bytes, body: bytes, length: int, key: bytes
 ) -> UpstreamConnection:
     """A connection with the head of the answer that the client gets.
 
     Args:
         body: what of the request's body is at hand.
         length: what of it is not, so that it can be sent only once: -1 unknown, 0 nothing.
+        key: what the upstream's `balance: {hash: …}` hashes.
 
     Raises:
         ExchangeError: of the last try.
@@ -60,7 +61,7 @@ async def attempts(
         conn: UpstreamConnection | None = None
         wait = -1.0
         try:
-            conn = await sender.connection(avoid)
+            conn = await sender.connection(key, avoid)
             endpoint = conn.endpoint
             try:
                 await sender.send(conn, body, length, pool.per_try_ticks)
@@ -70,7 +71,7 @@ async def attempts(
                 sender.give_back(conn)
                 conn = None
                 pool.retried_stale()
-                conn = await sender.connection(avoid, fresh=True)
+                conn = await sender.connection(key, avoid, fresh=True)
                 endpoint = conn.endpoint
                 await sender.send(conn, body, length, pool.per_try_ticks)
         except ExchangeError as error:

@@ -99,6 +99,7 @@ class UpstreamPool:
         self._any_target = upstream.balance is not Balance.HASH
         self._lifetime_s = upstream.lifetime_ms / 1000
         self._waiters = WaitQueue(self.release)
+        self._waiting = self._waiters.waiters
         self._epoch = 0
         self._reaper: asyncio.TimerHandle | None = None
         self._closed = False
@@ -217,7 +218,7 @@ class UpstreamPool:
             self._discard(conn)
             return
         conn.finish()
-        if self._waiters and self._waiters.hand_over(conn):
+        if self._waiting and self._waiters.hand_over(conn):
             self.in_use += 1
             self.reused += 1
             return

@@ -12,22 +12,25 @@ if TYPE_CHECKING:
 
 
 class WaitQueue:
-    """`give_back` takes a connection that came for somebody who had just stopped waiting."""
+    """`give_back` takes a connection that came for somebody who had just stopped waiting.
 
-    __slots__ = ("_give_back", "_waiters")
+    `waiters` is to be looked at only: asking whether it is empty costs less than a call of ours.
+    """
+
+    __slots__ = ("_give_back", "waiters")
 
     def __init__(self, give_back: Callable[[UpstreamConnection], None]) -> None:
         self._give_back = give_back
-        self._waiters: deque[asyncio.Future[UpstreamConnection | None]] = deque()
+        self.waiters: deque[asyncio.Future[UpstreamConnection | None]] = deque()
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return len(self.waiters)
 
     async def wait(self) -> UpstreamConnection | None:
         """A connection handed over; None means that one was closed and may be replaced."""
         waiter: asyncio.Future[UpstreamConnection | None]
         waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        self.waiters.append(waiter)
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -38,8 +41,8 @@ class WaitQueue:
                     self.wake_one()
                 else:
                     self._give_back(conn)
-            elif waiter in self._waiters:
-                self._waiters.remove(waiter)
+            elif waiter in self.waiters:
+                self.waiters.remove(waiter)
             raise
 
     def hand_over(self, conn: UpstreamConnection) -> bool:
@@ -51,8 +54,8 @@ class WaitQueue:
         self._resolve(None)
 
     def _resolve(self, result: UpstreamConnection | None) -> bool:
-        while self._waiters:
-            waiter = self._waiters.popleft()
+        while self.waiters:
+            waiter = self.waiters.popleft()
             if not waiter.done():
                 waiter.set_result(result)
                 return True

@@ -96,14 +96,14 @@ async def relay(
             at all for ClientDisconnected.
     """
     watcher = pool.watch
-    run = _Relay(watcher, exchange, pool, head, balance_key)
+    run = _Relay(watcher, exchange, pool, head)
     watcher.add(run)
     try:
         if exchange.gone:
             raise ClientDisconnected("the client closed the connection")
         conn = None if head.body_length else pool.get_idle()
         if conn is None:
-            conn = await run.request()
+            conn = await run.request(balance_key)
         else:
             # What `request` does, without its layer: nearly all requests go this way.
             run.conn = conn
@@ -156,7 +156,7 @@ async def relay(
 class _Relay(Flight):
     """The state of one relay: its connection, and the task that sends the request body."""
 
-    __slots__ = ("_head", "_key", "_pool", "_pump", "began")
+    __slots__ = ("_head", "_pool", "_pump", "began")
 
     def __init__(
         self,
@@ -164,16 +164,14 @@ class _Relay(Flight):
         exchange: Exchange,
         pool: UpstreamPool,
         head: RequestHead,
-        key: bytes,
     ) -> None:
         super().__init__(watch, exchange, pool.limits)
         self._pool = pool
         self._head = head
-        self._key = key
         self._pump: asyncio.Task[None] | None = None
         self.began = 0.0
 
-    async def request(self) -> UpstreamConnection:
+    async def request(self, key: bytes) -> UpstreamConnection:
         """Send the request; returns when the head of the answer, or all of it, is there."""
         body = b""
         length = self._head.body_length
@@ -184,16 +182,16 @@ class _Relay(Flight):
         pool = self._pool
         self.began = clock.monotonic()
         if pool.guarded:
-            return await attempts(self, pool, self._head.method, body, length)
-        conn = pool.get_idle() or await self.connection()
+            return await attempts(self, pool, self._head.method, body, length, key)
+        conn = pool.get_idle() or await self.connection(key)
         self.began = clock.monotonic()
         try:
             return await self.send(conn, body, length)
         except UpstreamClosed:
-            return await self.again(conn, length, body)
+            return await self.again(conn, length, body, key)
 
     async def again(
-        self, conn: UpstreamConnection, length: int, body: bytes = b""
+        self, conn: UpstreamConnection, length: int, body: bytes = b"", key: bytes = b""
     ) -> UpstreamConnection:
         """Send the request a second time, where its kept connection was closed meanwhile: nothing
         was answered, and it can be sent again as it was.
@@ -206,15 +204,15 @@ class _Relay(Flight):
             raise conn.error
         self.give_back(conn)
         self._pool.retried_stale()
-        return await self.send(await self.connection(fresh=True), body, 0)
+        return await self.send(await self.connection(key, fresh=True), body, 0)
 
     async def connection(
-        self, avoid: Collection[Endpoint] = _NOBODY, fresh: bool = False
+        self, key: bytes = b"", avoid: Collection[Endpoint] = _NOBODY, fresh: bool = False
     ) -> UpstreamConnection:
         """Wait for a connection, no longer than the client and the total time-out do."""
         self.blocked = task = asyncio.current_task()
         try:
-            return await self._pool.acquire(self._key, avoid=avoid, fresh=fresh)
+            return await self._pool.acquire(key, avoid=avoid, fresh=fresh)
         except asyncio.CancelledError:
             raise self._cancelled(task) from None
         finally:
