@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from tests.acceptance.conftest import NewDatabase
+from tests.acceptance.test_memory import children
 from tests.acceptance.test_outage import counted
 from tests.support import free_port, wait_until
 from tests.support.servers import server_directory
@@ -14,7 +19,7 @@ from tests.support.stack import Stack, start_stack
 
 _RETRIES = "retries: {attempts: 4, backoff: 1ms, budget: {floor: 1000}}"
 _CONFIG = f"""
-gateway: {{drain: 2s}}
+gateway: {{drain: 2s, reservation: 2s}}
 redis: {{url: "${{TALLYGATE_REDIS_URL}}", timeout: 5s}}
 postgres: {{url: "${{TALLYGATE_POSTGRES_URL}}", timeout: 2s}}
 secrets: {{key_pepper: "${{TALLYGATE_KEY_PEPPER}}"}}
@@ -24,6 +29,7 @@ upstreams:
   api: {{urls: ["${{UPSTREAM}}"], {_RETRIES}}}
   half: {{urls: ["http://127.0.0.1:%(dead)d", "${{UPSTREAM}}"], {_RETRIES}, eject: {{failures: 2}}}}
   dead: {{urls: ["http://127.0.0.1:%(dead)d"], {_RETRIES}}}
+  slow: {{urls: ["${{UPSTREAM}}"], retries: {{attempts: 10, backoff: 1h, budget: {{floor: 1000}}}}}}
   weak: {{urls: ["${{UPSTREAM}}"], breaker: {{minimum: 5, open: 1h}}}}
 routes:
   - {{match: {{path: /admit/dead}}, upstream: dead}}
@@ -32,6 +38,7 @@ routes:
   - {{match: {{path: /admit/half}}, upstream: half}}
   - {{match: {{path: /any/half}}, upstream: half, charge: on_response}}
   - {{match: {{path: /paid/half}}, upstream: half, charge: {{status: [2xx]}}}}
+  - {{match: {{path: /slow/*}}, upstream: slow, charge: {{status: [2xx]}}}}
   - {{match: {{path: /admit/*}}, upstream: api}}
   - {{match: {{path: /any/*}}, upstream: api, charge: on_response}}
   - {{match: {{path: /paid/*}}, upstream: api, charge: {{status: [2xx]}}}}
@@ -96,6 +103,21 @@ def test_a_dead_target_beside_a_good_one_costs_nobody_anything(stack: Stack) -> 
     wait_until(lambda: stack.metric("tallygate_upstream_targets_down", upstream="half") == 1)
     assert stack.metric("tallygate_upstream_ejections_total", upstream="half") == 1
     assert stack.gateways[0].output.count('"event":"upstream_target_ejected"') == 1
+
+
+def test_a_worker_that_is_killed_between_two_tries_charges_nothing(stack: Stack) -> None:
+    who, other = stack.subscribe("large"), stack.subscribe("large")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(stack.get, "/slow/flaky?times=99", who.key, headers={"x-who": who.id})
+        wait_until(lambda: stack.served(who.id) >= 1, what="the first try")
+        assert stack.state(who)["requests"].total == 1
+        (worker,) = children(stack.gateways[0].pid)
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(httpx.HTTPError):
+            asked.result(30)
+    counted(stack, who, 0)
+    wait_until(lambda: stack.get("/paid/x", other.key).status_code == 200, what="another worker")
+    counted(stack, other, 1)
 
 
 def test_what_an_open_breaker_refuses_is_not_counted(stack: Stack) -> None:

@@ -135,7 +135,8 @@ def test_files_are_checked_when_they_are_loaded(files: Files, tmp_path: Path) ->
         return caught.value.problems
 
     (ca,) = problems(f"ca: {no_pem}")
-    assert ca.startswith(f'upstreams.api.tls.ca: "{no_pem}": no PEM file of certificates')
+    assert ca.startswith("upstreams.api.tls.ca: ")
+    assert "no PEM file of certificates" in ca
     (cert,) = problems(f"cert: {no_pem}, key: {files.key}")
     assert cert.startswith("upstreams.api.tls.cert: ")
     other = Files(tmp_path)
