@@ -3,6 +3,7 @@
 target.py      addresses of an upstream, and what is known of each
 connection.py  one upstream connection: framing, buffering, flow control
 connect.py     opens one: TCP, TLS, unix socket
+opener.py      opens one to a target, or else to another
 pool.py        keep-alive connections of one upstream, and the queue for them
 endpoints.py   which targets there are, and which of them get requests
 balance.py     which of those gets this one

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import ssl
 from collections.abc import Callable, Collection
 from typing import Final
 
@@ -23,17 +22,11 @@ from core.telemetry.metrics import Metrics
 from core.upstream import Balance
 from gateway.proxy import resolve, watch
 from gateway.proxy.breaker import CircuitBreaker, State
-from gateway.proxy.connect import connect, reason
 from gateway.proxy.connection import UpstreamConnection
 from gateway.proxy.endpoints import Endpoints
-from gateway.proxy.errors import (
-    ConnectError,
-    ConnectTimeout,
-    PoolExhausted,
-    QueueFull,
-    TlsFailed,
-)
+from gateway.proxy.errors import PoolExhausted, QueueFull
 from gateway.proxy.judge import Judge
+from gateway.proxy.opener import Opener
 from gateway.proxy.queue import WaitQueue
 from gateway.proxy.report import Report
 from gateway.proxy.retry import RetryPolicy
@@ -52,7 +45,7 @@ class UpstreamPool:
     """Connections of one upstream; use it on one event loop only. `start()` it there.
 
     Attributes:
-        opened, reused, failures: totals since the start. `failures` counts connects that failed.
+        opened, reused: totals since the start.
         in_use: connections carrying a request now.
         size: connections that exist or are being opened; never above the upstream's maximum.
         judge: told how each try went; None when nothing depends on it.
@@ -83,7 +76,6 @@ class UpstreamPool:
         self.opened = 0
         self.reused = 0
         self.in_use = 0
-        self.failures = 0
         self.size = 0
         self._report = Report(upstream.name)
         # Looked up once: asking for the running loop is a system call in Python 3.11.
@@ -95,6 +87,7 @@ class UpstreamPool:
             on_change=self._endpoints_changed,
             on_gone=self._retire,
         )
+        self._opener = Opener(upstream, self._endpoints, self._lost)
         # Anyone's connection serves anyone, unless the target was chosen for the request.
         self._any_target = upstream.balance is not Balance.HASH
         self._lifetime_s = upstream.lifetime_ms / 1000
@@ -138,6 +131,11 @@ class UpstreamPool:
     def endpoints(self) -> tuple[Endpoint, ...]:
         """The targets in use, live or not."""
         return self._endpoints.all
+
+    @property
+    def failures(self) -> int:
+        """Connects that failed since the start."""
+        return self._opener.failures
 
     @property
     def idle(self) -> int:
@@ -285,39 +283,14 @@ class UpstreamPool:
     async def _open(
         self, first: Endpoint, avoid: Collection[Endpoint], deadline: float
     ) -> UpstreamConnection:
-        """A new connection to `first`, or else to another live target; `size` counts it already."""
-        error: OSError | None = None
-        endpoint = first
-        tried: set[Endpoint] = set(avoid)
+        """A new connection, which `size` counts already."""
         try:
-            while True:
-                tried.add(endpoint)
-                endpoint.opening += 1
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        conn = await connect(endpoint, self._endpoints.context, self._lost)
-                except TimeoutError:
-                    self._connect_failed(endpoint, "connect time-out")
-                    name, ms = self.upstream.name, self.upstream.connect_timeout_ms
-                    raise ConnectTimeout(f"no connection to {name!r} within {ms} ms") from None
-                except OSError as exc:
-                    self._connect_failed(endpoint, reason(exc))
-                    error = exc
-                    following = self._endpoints.other(tried)
-                    if following is None:
-                        break
-                    endpoint = following
-                    continue
-                finally:
-                    endpoint.opening -= 1
-                self._adopt(conn)
-                return conn
+            conn = await self._opener.open(first, avoid, deadline)
         except BaseException:
             self._shrink()
             raise
-        self._shrink()
-        kind = TlsFailed if isinstance(error, ssl.SSLError) else ConnectError
-        raise kind(f"cannot connect to {self.upstream.name!r}: {reason(error)}") from error
+        self._adopt(conn)
+        return conn
 
     def _adopt(self, conn: UpstreamConnection) -> None:
         endpoint = conn.endpoint
@@ -331,11 +304,6 @@ class UpstreamPool:
             conn.lifetime = asyncio.get_running_loop().call_later(
                 self._lifetime_s * spread, self._wear, conn
             )
-
-    def _connect_failed(self, endpoint: Endpoint, why: str) -> None:
-        self.failures += 1
-        if self._endpoints.ejector is not None:
-            self._endpoints.ejector.failed(endpoint, f"cannot connect: {why}")
 
     # Idle connections
 
