@@ -63,6 +63,8 @@ def test_a_request_that_is_tried_again_is_charged_once(stack: Stack, route: str)
     assert (answer.status_code, answer.text) == (200, "ok\n")
     assert stack.served(who.id) == 4
     counted(stack, who, 1)
+    retries = {"upstream": "api", "cause": "status"}
+    wait_until(lambda: stack.metric("tallygate_upstream_retries_total", **retries) >= 3)
 
 
 @pytest.mark.parametrize(("route", "charged"), [*zip(ROUTES, (1, 1, 0), strict=True)])
@@ -102,6 +104,8 @@ def test_a_dead_target_beside_a_good_one_costs_nobody_anything(stack: Stack) -> 
         counted(stack, who, 5)
     wait_until(lambda: stack.metric("tallygate_upstream_targets_down", upstream="half") == 1)
     assert stack.metric("tallygate_upstream_ejections_total", upstream="half") == 1
+    idle = {"upstream": "half", "state": "idle"}
+    wait_until(lambda: stack.metric("tallygate_upstream_connections", **idle) >= 1)
     assert stack.gateways[0].output.count('"event":"upstream_target_ejected"') == 1
 
 
