@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
 
+from core.rules import NO_RULES, RouteRules
 from core.upstream import Upstream as Upstream
 
 # Lua numbers are doubles: integers are exact up to here, and every product that a script forms
@@ -231,7 +232,7 @@ class Route:
 
     name: str
     path: str
-    upstream: str
+    upstream: str  # empty where `rules.answer` answers
     methods: frozenset[str] = frozenset()
     host: str = ""
     strip_prefix: str = ""
@@ -242,3 +243,4 @@ class Route:
     reserve: bool = False
     charged: frozenset[int] | None = None
     outage: OutageMode = OutageMode.CLOSED
+    rules: RouteRules = NO_RULES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from gateway.http.errors import BadRequest, ExchangeError
+from gateway.http.errors import BadRequest, ExchangeError, PayloadTooLarge
 from gateway.http.exchange import Exchange
 from gateway.proxy.connection import NO_TRAILER, UpstreamConnection
 from gateway.proxy.request import NOT_IN_TRAILERS
@@ -19,7 +19,7 @@ _NO_TRAILER: Final = NO_TRAILER | NOT_IN_TRAILERS
 INLINE_BODY: Final = 64 * 1024
 
 
-async def read_body(flight: Flight, length: int) -> tuple[bytes, bool]:
+async def read_body(flight: Flight, length: int, most: int) -> tuple[bytes, bool]:
     """The body, or the first `INLINE_BODY` bytes or more of it, framed as it is sent; and whether
     that was all.
 
@@ -27,6 +27,7 @@ async def read_body(flight: Flight, length: int) -> tuple[bytes, bool]:
         RequestTimeout: it stopped arriving.
         ClientDisconnected: the client went away before its end.
         BadRequest: it is not framed as it should be.
+        PayloadTooLarge: it is longer than `most` bytes.
     """
     exchange = flight.exchange
     flight.blocked = task = asyncio.current_task()
@@ -41,6 +42,8 @@ async def read_body(flight: Flight, length: int) -> tuple[bytes, bool]:
                 break
             chunks.append(chunk)
             flight.bytes_in += len(chunk)
+            if flight.bytes_in > most:
+                raise PayloadTooLarge(f"a body of more than {most} bytes")
             if flight.bytes_in == length:
                 complete = True
                 break
@@ -58,10 +61,11 @@ async def read_body(flight: Flight, length: int) -> tuple[bytes, bool]:
     return (_framed(body) if body else b"") + (_last_chunk(exchange) if complete else b""), complete
 
 
-async def send_body(flight: Flight, conn: UpstreamConnection, length: int) -> None:
+async def send_body(flight: Flight, conn: UpstreamConnection, length: int, most: int) -> None:
     """Pump the rest of the request body, at the slower one's pace; `length` is -1 for chunked.
 
-    Ends without error when the connection is closed: the relay learns it from the connection.
+    What goes over `most` bytes is not sent, and ends the relay. Ends without error when the
+    connection is closed: the relay learns it from the connection.
     """
     exchange = flight.exchange
     await _drained(flight, conn)
@@ -75,6 +79,9 @@ async def send_body(flight: Flight, conn: UpstreamConnection, length: int) -> No
         if not chunk:
             break
         flight.bytes_in += len(chunk)
+        if flight.bytes_in > most:
+            flight.abort(PayloadTooLarge(f"a body of more than {most} bytes"))
+            return
         conn.write(chunk if length >= 0 else _framed(chunk))
         await _drained(flight, conn)
         if flight.bytes_in == length:

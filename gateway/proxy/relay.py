@@ -176,7 +176,7 @@ class _Relay(Flight):
         body = b""
         length = self._head.body_length
         if length:
-            body, complete = await read_body(self, length)
+            body, complete = await read_body(self, length, self._head.max_body)
             if complete:
                 length = 0
         pool = self._pool
@@ -247,7 +247,7 @@ class _Relay(Flight):
         conn.begin(head.to(conn.target) + body, head.method == b"HEAD")
         if length:
             self.body_sent = False
-            self._pump = asyncio.create_task(send_body(self, conn, length))
+            self._pump = asyncio.create_task(send_body(self, conn, length, head.max_body))
         elif per_try_ticks:
             self.await_try(per_try_ticks)
         else:
