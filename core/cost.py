@@ -44,8 +44,8 @@ FieldPath = tuple[str, ...]
 class ActualCost:
     """Where the cost of one meter is taken from.
 
-    One of `header`, `json` or `sse` or both, `bytes_per` and `ms_per` is set. `estimate`, `most` and
-    `per_event` are in smallest units of the meter, which keeps `decimals`.
+    One of `header`, `json` or `sse` or both, `bytes_per` and `ms_per` is set. `estimate`, `most`
+    and `per_event` are in smallest units of the meter, which keeps `decimals`.
     """
 
     meter: str
@@ -78,7 +78,8 @@ class ActualCost:
     def measured(self, size: int, micros: int) -> int:
         """The cost of so many bytes, or of so much time; every smallest unit begun is one."""
         amount, per = (size, self.bytes_per) if self.bytes_per else (micros, self.ms_per * 1000)
-        return min(-(-amount * 10**self.decimals // per), self.most)
+        scale: int = 10**self.decimals
+        return min(-(-amount * scale // per), self.most)
 
     def reported(self, value: object) -> int | Kept:
         """The cost that a number, or its text, says; more digits than are kept are rounded up."""

@@ -19,6 +19,7 @@ from gateway.admission.limiter import Admission
 from gateway.answers.headers import PlanHeaders
 from gateway.answers.verdict import policy_of
 from gateway.auth.extract import Source
+from gateway.cost.charge import CostOnRoute, kept_at_head
 from gateway.forwarded import TrustedProxies
 from gateway.outage.decide import OutageRules
 from gateway.outage.local import compile_local
@@ -71,8 +72,11 @@ class RouteRuntime:
 
     def _compile(self, header: bytes | None) -> RequestRules:
         route = self.route
+        identity = any(rule.json or rule.sse for rule in route.actual)
         if route.forward_key:
-            return RequestRules(strip_prefix=route.strip_prefix, trusted=self._trusted)
+            return RequestRules(
+                strip_prefix=route.strip_prefix, trusted=self._trusted, identity=identity
+            )
         query = (self._key.query,) if self._key.query else ()
         return RequestRules(
             strip_prefix=route.strip_prefix,
@@ -81,6 +85,7 @@ class RouteRuntime:
             drop_query=() if route.keyless else query,
             key_query=query if route.keyless else (),
             trusted=self._trusted,
+            identity=identity,
         )
 
 
@@ -134,12 +139,15 @@ class Runtime:
                 program.limits, program.costs, self.snapshot.meters, self._processes
             )
         caps = {name: cap for name in program.costs if (cap := cap_of(plan, name)) is not None}
-        return OutageRules(route.outage, local, caps)
+        return OutageRules(route.outage, local, caps, route.reserve)
 
     def _route(
         self, route: Route, calendars: CalendarUse, headers: Mapping[str, PlanHeaders]
     ) -> RouteRuntime:
         snapshot = self.snapshot
+        waits = route.reserve or bool(route.actual)
+        reserve_ms = snapshot.settings.gateway.reservation_ms if waits else 0
+        keep = None if route.reserve or not route.actual else kept_at_head(route)
         plans = {}
         for name, plan in snapshot.plans.items():
             if route.keyless and name != route.plan:
@@ -150,7 +158,9 @@ class Runtime:
                 snapshot.meters,
                 calendars,
                 durable=not route.keyless,
-                reserve_ms=snapshot.settings.gateway.reservation_ms if route.reserve else 0,
+                reserve_ms=reserve_ms,
+                keep=keep,
+                corrected=[rule.meter for rule in route.actual],
             )
             policies = tuple(policy_of(limit, snapshot.meters) for limit in program.limits)
             admission = Admission(
@@ -159,6 +169,7 @@ class Runtime:
                 plan.interval_months,
                 self._outage(route, plan, program),
                 route.charged,
+                CostOnRoute(route, program.watch, program.watch_calendar) if route.actual else None,
             )
             plans[name] = PlanOnRoute(plan, admission, headers[name])
         pool = self.pools[snapshot.upstreams[route.upstream]]

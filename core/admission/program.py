@@ -85,8 +85,8 @@ class Program:
     """What a batch needs of a (plan, costs) pair. `limits` are those the costs touch, in order;
     `lease_limits` names the concurrency limits among them and `lease_ms` says how long their leases
     last; `plan_limits` are all of the plan's, with which a cold subject is rebuilt. `costs`
-    are in smallest units; `single` is whether each check is one of its own, not grouped. `watch` are
-    rows of the quotas that a corrected cost may pass, as lua/settle.lua reads them, and
+    are in smallest units; `single` is whether each check is one of its own, not grouped. `watch`
+    are rows of the quotas that a corrected cost may pass, as lua/settle.lua reads them, and
     `watch_calendar` is whether one of them follows the calendar."""
 
     text: bytes
@@ -258,9 +258,9 @@ def compile_program(
     `calendars` comes from `calendar_use` over all plans in force. `durable=False` is for keyless
     subjects: no ledger, no meters, forgotten when idle; their billing quotas follow the calendar
     month or year. With `reserve_ms` an admitted check is a reservation, to be settled within that
-    time; of one that is not, the units in `keep` stay charged. The cost of the `corrected` meters is
-    an estimate, settled by what it really was. `event` is for usage that is reported, not proxied:
-    quotas alone apply to it.
+    time; of one that is not, the units in `keep` stay charged. The cost of the `corrected` meters
+    is an estimate, settled by what it really was. `event` is for usage that is reported, not
+    proxied: quotas alone apply to it.
 
     Raises:
         KeyError: a cost names a meter that is not in `meters`.

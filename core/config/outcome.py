@@ -14,7 +14,7 @@ from core.config.document import Path
 from core.config.fields import Flag, HeaderName, Quantity, Size, preset
 from core.config.units import UnitError, parse_duration, parse_size
 from core.cost import MOST_UNITS, ActualCost, FieldPath, OnAbort
-from core.policy import Aggregation
+from core.policy import Aggregation, Meter
 
 if TYPE_CHECKING:
     from core.config.compile import Meters
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _LIMIT = 2**20
 _PATH = re.compile(r"[^\s.]{1,128}(?:\.[^\s.]{1,128}){0,15}")
 FORMS = (
-    "{header: X-Usage-Cost}, {json: usage.total}, {sse: usage.total}, {bytes: response, per: 1KiB}, "
-    "{duration: response, per: 1s}"
+    "{header: X-Usage-Cost}, {json: usage.total}, {sse: usage.total}, "
+    "{bytes: response, per: 1KiB}, {duration: response, per: 1s}"
 )
 
 
@@ -94,10 +94,10 @@ class SourceSpec(Section):
                 raise ValueError(f"{key} does not belong to this source; remove it, or see {FORMS}")
         if self.limit == 0:
             raise ValueError("limit: nothing would be looked at; write a size such as 1 MiB")
-        self._per()
+        self.per_unit()
         return self
 
-    def _per(self) -> int:
+    def per_unit(self) -> int:
         """Bytes or ms of one unit."""
         parse: Callable[[object], int] = parse_size if self.measured else parse_duration
         if self.per is None:
@@ -120,7 +120,7 @@ class OutcomeSpec(Section):
     source: SourceSpec = Field(alias="from", description="Where in the answer the cost is.")
     on_abort: Literal["streamed", "estimate", "nothing"] = Field(
         default="estimate",
-        description="What an answer costs that is cut: what was streamed, the estimate, or nothing.",
+        description="Cost of an answer that is cut: what was streamed, the estimate, or nothing.",
     )
     max: Quantity | None = Field(
         default=None,
@@ -136,7 +136,7 @@ def compile_cost(
     meter = meters.compiled.get(name)
     if meter is None:
         return None
-    source, on_abort = spec.source, OnAbort(spec.on_abort)
+    source = spec.source
     estimate = meters.scale((*path, "estimate"), name, spec.estimate)
     most: int | None = MOST_UNITS
     if spec.max is not None:
@@ -144,32 +144,10 @@ def compile_cost(
     per_event = meters.scale((*path, "from", "per_event"), name, source.per_event or Decimal(0))
     if estimate is None or most is None or per_event is None:
         return None
-    problem = None
-    if meter.aggregation is not Aggregation.SUM:
-        problem = (
-            (), f"the answer can only correct a sum, and this meter keeps the {meter.aggregation} "
-            "value; write a fixed amount, or name a meter with aggregation sum"
-        )  # fmt: skip
-    elif estimate < 1:
-        problem = (("estimate",), "it is what the limits are asked for; write more than 0")
-    elif most > MOST_UNITS:
-        problem = (
-            ("max",), f"totals would not be exact; at most {meter.from_units(MOST_UNITS):f}"
-        )  # fmt: skip
-    elif estimate > most:
-        key = "estimate" if spec.max is None else "max"
-        problem = ((key,), "the estimate is above the most that an answer may cost; change one")
-    elif on_abort is OnAbort.STREAMED and source.json_field and not source.sse_field:
-        problem = (
-            ("on_abort",), "half of a JSON body says nothing; write estimate or nothing"
-        )  # fmt: skip
-    elif on_abort is OnAbort.STREAMED and source.sse_field and source.per_event is None:
-        problem = (
-            ("on_abort",), "events before the total have no cost yet; add per_event to from (0 where "
-            "each event brings the total so far), or write estimate or nothing"
-        )  # fmt: skip
+    problem = _problem(meter, spec, estimate, most)
     if problem is not None:
-        problems.add((*path, *problem[0]), problem[1], value=bool(problem[0]))
+        key, reason = problem
+        problems.add((*path, key) if key else path, reason, value=bool(key))
         return None
     body = source.json_field or source.sse_field
     return ActualCost(
@@ -177,16 +155,41 @@ def compile_cost(
         decimals=meter.decimals,
         estimate=estimate,
         most=most,
-        on_abort=on_abort,
+        on_abort=OnAbort(spec.on_abort),
         header=source.header or "",
         strip=source.strip is not False,
         json=source.json_field or (),
         sse=source.sse_field or (),
         per_event=per_event,
         limit=(source.limit or _LIMIT) if body else 0,
-        bytes_per=source._per() if source.measured else 0,
-        ms_per=source._per() if source.duration else 0,
+        bytes_per=source.per_unit() if source.measured else 0,
+        ms_per=source.per_unit() if source.duration else 0,
     )
+
+
+def _problem(meter: Meter, spec: OutcomeSpec, estimate: int, most: int) -> tuple[str, str] | None:
+    """The key that is wrong, and why."""
+    source, streamed = spec.source, OnAbort(spec.on_abort) is OnAbort.STREAMED
+    if meter.aggregation is not Aggregation.SUM:
+        return "", (
+            f"an answer only corrects a sum, and this meter keeps the {meter.aggregation} value; "
+            "write a fixed amount, or name a meter with aggregation sum"
+        )
+    if estimate < 1:
+        return "estimate", "it is what the limits are asked for; write more than 0"
+    if most > MOST_UNITS:
+        return "max", f"totals would not be exact; at most {meter.from_units(MOST_UNITS):f}"
+    if estimate > most:
+        key = "estimate" if spec.max is None else "max"
+        return key, "the estimate is above the most that an answer may cost; change one"
+    if streamed and source.json_field and not source.sse_field:
+        return "on_abort", "half of a JSON body says nothing; write estimate or nothing"
+    if streamed and source.sse_field and source.per_event is None:
+        return "on_abort", (
+            "events before the total have no cost yet; add per_event to from (0 where each event "
+            "brings the total so far), or write estimate or nothing"
+        )
+    return None
 
 
 __all__ = ["FORMS", "OutcomeSpec", "SourceSpec", "compile_cost"]

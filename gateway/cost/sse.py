@@ -1,7 +1,7 @@
 """Server-sent events as they pass: fields of the JSON in them, and how many there were.
 
-Lines end in LF, CR LF or CR, and events, lines and line ends may be cut anywhere. What is held is one
-event at most, up to a limit; a longer one is counted and not read.
+Lines end in LF, CR LF or CR, and events, lines and line ends may be cut anywhere. What is held is
+one event at most, up to a limit; a longer one is counted and not read.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _BOM: Final = b"\xef\xbb\xbf"
 class SseReader:
     """Reads one stream.
 
-    `values[n]` is what the last event that has it says at `paths[n]`, else `MISSING`; `since[n]` is how
-    many events came after it. `done` is whether the stream said that it is complete; `too_long`
+    `values[n]` is what the last event that has it says at `paths[n]`, else `MISSING`; `since[n]` is
+    how many events came after it. `done` is whether the stream said that it is complete; `too_long`
     whether an event was not read.
     """
 

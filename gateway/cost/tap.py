@@ -1,8 +1,8 @@
 """What an answer says of its own cost, read as it passes.
 
-The relay tells a tap the head, each piece of body and the trailers; nothing is held back for it and
-nothing is changed but headers that are stripped. Held are a body up to `limit` where a field of it
-is the cost, one event of a stream, and numbers.
+The relay tells a tap the head, each piece of body, and the end once the answer has come to it;
+nothing is held back for it and nothing is changed but headers that are stripped. Held are a body up
+to `limit` where a field of it is the cost, one event of a stream, and numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,17 @@ class CostRules:
         identity: whether the upstream must be asked for bodies without compression.
     """
 
-    __slots__ = ("actual", "headers", "identity", "json", "limit", "sse", "stripped", "timed")
+    __slots__ = (
+        "actual",
+        "headers",
+        "identity",
+        "json",
+        "limit",
+        "sse",
+        "streamed",
+        "stripped",
+        "timed",
+    )
 
     def __init__(self, actual: Sequence[ActualCost]) -> None:
         self.actual = tuple(actual)
@@ -40,6 +50,7 @@ class CostRules:
         self.sse = [rule for rule in actual if rule.sse]
         self.limit = max((rule.limit for rule in actual), default=0)
         self.identity = bool(self.json or self.sse)
+        self.streamed = [rule for rule in actual if rule.on_abort is OnAbort.STREAMED]
         self.timed = any(rule.ms_per for rule in actual)
 
 
@@ -52,14 +63,13 @@ class Cost(NamedTuple):
 
 
 class Tap:
-    """One answer. `ended` is called once, with whether the answer came to its end."""
+    """One answer; `ended` is called when it has come to its end."""
 
     __slots__ = (
         "_body",
         "_encoded",
-        "_held",
         "_headers",
-        "_micros",
+        "_held",
         "_over",
         "_rules",
         "_size",
@@ -69,10 +79,9 @@ class Tap:
         "ended",
     )
 
-    def __init__(self, rules: CostRules, ended: Callable[[bool], None]) -> None:
+    def __init__(self, rules: CostRules, ended: Callable[[], None]) -> None:
         self._rules = rules
         self._started_ns = monotonic_ns() if rules.timed else 0
-        self._micros = -1  # until the end
         self._headers: dict[bytes, str | None] = {}  # None when it came twice
         self._size = 0
         self._encoded = False
@@ -122,11 +131,9 @@ class Tap:
                 self._over = True
                 self._body = None
 
-    def end(self, complete: bool) -> None:
-        """No more comes. `complete` is whether the client was given all that the upstream sent."""
-        if self._micros < 0:
-            self._micros = (monotonic_ns() - self._started_ns) // 1000
-            self.ended(complete)
+    def end(self) -> None:
+        """The upstream's answer was whole, and was passed on. Not called of one that was cut."""
+        self.ended()
 
     def _read(self, headers: list[Header]) -> list[Header]:
         wanted = self._rules.headers
@@ -156,11 +163,12 @@ class Tap:
 
     def streamed(self) -> list[tuple[ActualCost, int]]:
         """What would be charged of meters whose rule is `streamed`, were the answer cut here."""
-        return [
-            (rule, self._so_far(rule))
-            for rule in self._rules.actual
-            if rule.on_abort is OnAbort.STREAMED
-        ]
+        return [(rule, self._so_far(rule)) for rule in self._rules.streamed]
+
+    @property
+    def streams(self) -> bool:
+        """Whether any meter's rule is `streamed`."""
+        return bool(self._rules.streamed)
 
     def _whole(self, rule: ActualCost, fields: dict[str, Any]) -> Cost:
         if rule.bytes_per or rule.ms_per:
@@ -197,11 +205,7 @@ class Tap:
         return rule.estimate if isinstance(found, Kept) else found
 
     def _measured(self, rule: ActualCost) -> int:
-        micros = 0
-        if rule.ms_per:
-            micros = self._micros
-            if micros < 0:
-                micros = (monotonic_ns() - self._started_ns) // 1000
+        micros = (monotonic_ns() - self._started_ns) // 1000 if rule.ms_per else 0
         return rule.measured(self._size, micros)
 
     def _header(self, rule: ActualCost) -> int | Kept:

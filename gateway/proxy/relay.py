@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from core import clock
+from gateway.cost.tap import Tap
 from gateway.http.errors import BadRequest, ClientDisconnected, ExchangeError
 from gateway.http.exchange import Exchange
 from gateway.http.message import Header
@@ -75,6 +76,7 @@ async def relay(
     default_server: Header | None = None,
     response_timeout_s: float | None = None,
     before_start: Callable[[int], Awaitable[None]] | None = None,
+    tap: Tap | None = None,
 ) -> RelayResult:
     """Relay one admitted request.
 
@@ -89,6 +91,7 @@ async def relay(
             up to 0.15 s late.
         before_start: awaited with the status once the head of the answer is there, before any of
             it is passed on. What it raises ends the relay: the answer is not passed on.
+        tap: reads the answer as it passes, and may keep header fields from the client.
 
     Returns:
         A result once the response has started; the exchange has then ended.
@@ -107,6 +110,8 @@ async def relay(
         if before_start is not None:
             await before_start(status)
         headers = conn.headers
+        if tap is not None:
+            headers = tap.head(status, headers)
         if drop_response_headers:
             headers = [pair for pair in headers if pair[0] not in drop_response_headers]
         if default_server is not None and not conn.names_server:
@@ -116,7 +121,7 @@ async def relay(
         body = conn.take()
         if not conn.complete:
             head_ms = run.head_ms(conn)
-            result = await run.stream(exchange, headers, length, body)
+            result = await run.stream(exchange, headers, length, body, tap)
             return result._replace(headers=headers, head_ms=head_ms)
         head_ms = run.head_ms(conn) if conn.head_at else 0.0
         upstream_ms = run.finish()
@@ -124,6 +129,9 @@ async def relay(
             exchange.respond(status, headers, body, length)
         except ValueError as exc:
             raise BadUpstreamResponse(f"unusable answer: {exc}") from exc
+        if tap is not None:
+            tap.piece(body)
+            tap.end()
         return RelayResult(
             status,
             flight.bytes_in,
@@ -195,7 +203,12 @@ class _Relay:
                 return conn
 
     async def stream(
-        self, exchange: Exchange, headers: Sequence[Header], length: int, chunk: bytes
+        self,
+        exchange: Exchange,
+        headers: Sequence[Header],
+        length: int,
+        chunk: bytes,
+        tap: Tap | None,
     ) -> RelayResult:
         """Pass the body on piece by piece; the first one, maybe empty, is here already."""
         flight = self._flight
@@ -214,6 +227,8 @@ class _Relay:
                 if chunk:
                     exchange.write(chunk)
                     sent += len(chunk)
+                    if tap is not None:
+                        tap.piece(chunk)
                     if exchange.must_drain:
                         flight.await_client_read()
                         flight.blocked = task
@@ -227,6 +242,8 @@ class _Relay:
                 last = conn.complete  # read with the bytes: more may arrive while they are sent
             upstream_ms = self.finish()
             exchange.end()
+            if tap is not None:
+                tap.end()
             return RelayResult(status, flight.bytes_in, sent, upstream_ms, Outcome.COMPLETE)
         except ExchangeError as error:
             return self._broken(exchange, status, sent, error)

@@ -45,6 +45,8 @@ _READ: Final = _FORWARDED | {
 # `expect` is answered here: 100 is sent when the body is first asked for.
 _DROPPED: Final = (HOP_BY_HOP | {b"expect", b"http2-settings"}) - _READ
 
+_IDENTITY: Final = b"accept-encoding: identity\r\n"
+
 _KEY_START: Final = KEY_START.encode()
 
 # RFC 3986's reg-name, IP-literal and port. No comma: X-Forwarded-Host is read as a list.
@@ -92,11 +94,13 @@ class RequestRules:
         drop_query: query parameters (decoded names) never forwarded.
         key_query: query parameters forwarded unless they hold a key.
         trusted: peers whose X-Forwarded-* and Forwarded fields are believed and continued.
+        identity: the upstream is asked for bodies without compression, which are read here.
     """
 
     __slots__ = (
         "_drop_query",
         "_dropped",
+        "_identity",
         "_key_headers",
         "_key_query",
         "_last_host",
@@ -114,7 +118,11 @@ class RequestRules:
         drop_query: Collection[str] = (),
         key_query: Collection[str] = (),
         trusted: TrustedProxies | None = None,
+        identity: bool = False,
     ) -> None:
+        if identity:
+            drop_headers = (*drop_headers, b"accept-encoding")
+        self._identity = [_IDENTITY] if identity else []
         self._strip = strip_prefix.rstrip("/").encode()
         self._dropped = _DROPPED | frozenset(name.lower() for name in drop_headers)
         self._key_headers = frozenset(name.lower() for name in key_headers) - self._dropped
@@ -133,7 +141,7 @@ class RequestRules:
             BadRequest: contradictory framing, not exactly one Host (RFC 9112 section 3.2), or
                 bytes that could end a field early.
         """
-        lines: list[bytes] = []
+        lines = self._identity.copy()
         special: list[Header] = []
         rules = self._special
         for pair in request.headers:
