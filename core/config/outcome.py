@@ -83,7 +83,9 @@ class SourceSpec(Section):
         body = self.json_field is not None or self.sse_field is not None
         found = [self.header is not None, body, bool(self.measured), bool(self.duration)]
         if sum(found) != 1:
-            raise ValueError(f"{'mixes' if sum(found) else 'none of the'} sources; write {FORMS}")
+            raise ValueError(
+                f"{'mixes' if sum(found) else 'none of the'} sources; write one of {FORMS}"
+            )
         for key, given, fits in (
             ("strip", self.strip, found[0]),
             ("per_event", self.per_event, self.sse_field is not None),
