@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def reader(*paths: str, limit: int = LIMIT) -> SseReader:
 def read(body: bytes, cuts: list[int], *paths: str, limit: int = LIMIT) -> SseReader:
     found = reader(*paths, limit=limit)
     edges = [0, *sorted(cut % (len(body) + 1) for cut in cuts), len(body)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         found.feed(body[start:stop])
     found.end()
     return found
@@ -78,7 +79,8 @@ def test_the_last_event_that_has_it_counts_wherever_the_stream_is_cut(
 
 def test_every_single_cut_and_pair_of_cuts() -> None:
     body = (
-        b'\xef\xbb\xbf: hi\r\n\r\ndata: {"a":\rdata: 1}\n\nevent: x\ndata: {"usage":{"t": 3.10}}\r\r\n'
+        b'\xef\xbb\xbf: hi\r\n\r\ndata: {"a":\rdata: 1}\n\n'
+        b'event: x\ndata: {"usage":{"t": 3.10}}\r\r\n'
         b'retry: 1\ndata:{"b":1}\n\ndata: [DONE]\n\n'
     )
     for first in range(len(body) + 1):
