@@ -146,8 +146,8 @@ class CostCharge(Charge):
             self._settle(complete=True)
 
     def _settle(self, complete: bool) -> None:
-        self._done = True
         tap = self._tap or Tap(self._cost.rules, self._ended)
+        self._done, self._tap = True, None  # they refer to each other
         self.costs = tap.costs(complete)
         units = {cost.rule.meter: cost.units for cost in self.costs}
         held, self._reservation = self._reservation, None
@@ -180,7 +180,7 @@ class CostCharge(Charge):
         self._report.settled(self._cost.route, self._subject, self._name, self.costs)
 
     def _drop(self) -> None:
-        self._done = True
+        self._done, self._tap = True, None
         if self._reservation is not None:
             self._reservation.progress = None
         self._reservation, self._entry = None, b""

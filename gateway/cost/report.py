@@ -6,6 +6,7 @@ what the upstream sent is a warning, one a minute for a route, meter and reason.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from decimal import Decimal
 
@@ -33,19 +34,21 @@ class CostReport:
 
     def settled(self, route: str, subject: str, request_id: str, costs: Sequence[Cost]) -> None:
         """The costs of one request, once they are known."""
+        debug = _log.is_enabled_for(logging.DEBUG)
         for rule, units, result in costs:
             if self._settled is not None:
                 self._settled.inc(rule.meter, rule.source, result)
             if self._units is not None:
                 self._units.add(rule.estimate, rule.meter, "estimated")
                 self._units.add(units, rule.meter, "charged")
-            _log.debug(
-                "cost_settled",
-                request_id=request_id,
-                route=route,
-                subject=subject,
-                **described(Cost(rule, units, result)),
-            )
+            if debug:
+                _log.debug(
+                    "cost_settled",
+                    request_id=request_id,
+                    route=route,
+                    subject=subject,
+                    **described(Cost(rule, units, result)),
+                )
             if result.startswith("kept_"):
                 self._warn(route, subject, request_id, Cost(rule, units, result))
 

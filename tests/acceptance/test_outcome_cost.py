@@ -50,13 +50,20 @@ routes:
     meters: {requests: 1, tokens: {estimate: 1_000, from: {json: usage.total, limit: 64KiB}}}
   - match: {path: /bytes}
     upstream: llm
-    meters: {requests: 1, tokens: &bytes {estimate: 1_000, from: {bytes: response, per: 10}, on_abort: streamed}}
+    meters:
+      requests: 1
+      tokens: {estimate: 1_000, from: {bytes: response, per: 10}, on_abort: streamed}
   - match: {path: /time}
     upstream: llm
     meters: {requests: 1, ms: {estimate: 1_000, from: {duration: response}}}
   - match: {path: /streamed}
     upstream: llm
-    meters: &streamed {requests: 1, tokens: {estimate: 1_000, from: {sse: usage.total, json: usage.total, per_event: 3}, on_abort: streamed}}
+    meters: &streamed
+      requests: 1
+      tokens:
+        estimate: 1_000
+        from: {sse: usage.total, json: usage.total, per_event: 3}
+        on_abort: streamed
   - match: {path: /estimate}
     upstream: llm
     meters: &estimate {requests: 1, tokens: {estimate: 1_000, from: {sse: usage.total}}}
@@ -435,6 +442,22 @@ def test_a_worker_killed_in_an_outage_leaves_the_estimate(
             for wire in wires:
                 wire.close()
         booked(stack, who, requests=2, tokens=1 + ESTIMATE)
+
+
+def test_a_gateway_that_is_stopped_settles_what_it_cuts(
+    own_stack: Callable[..., Stack], tmp_path: Path
+) -> None:
+    """Nothing waits for an expiry: the drain is over, the answer cut, and what came is charged."""
+    with ScriptedUpstream() as upstream:
+        text = config(upstream, tmp_path).replace("reservation: 2s", "reservation: 1h")
+        stack = own_stack(text.replace("drain: 2s", "drain: 100ms"))
+        place = Place(stack, upstream, tmp_path)
+        who = stack.subscribe("large")
+        client, answer = place.stream("/streamed", who, usage(5), "{}", "{}")
+        with client, answer:
+            os.kill(stack.gateways[0].pid, signal.SIGTERM)
+            assert not client.to_the_end().endswith(b"0\r\n\r\n")
+            booked(stack, who, requests=1, tokens=11)
 
 
 def test_the_books_agree(place: Place) -> None:

@@ -86,7 +86,7 @@ class ScriptedUpstream(Wire):
 
     @property
     def url(self) -> str:
-        return "http://127.0.0.1:%d" % self._sock.getsockname()[1]
+        return f"http://127.0.0.1:{self._sock.getsockname()[1]}"
 
     def take(self) -> Answering:
         """The next request, whose head is in `received`."""
