@@ -13,6 +13,7 @@ from decimal import Decimal
 from enum import StrEnum
 
 from core.cost import ActualCost
+from core.rules import NO_RULES, RouteRules
 
 # Lua numbers are doubles: integers are exact up to here, and every product that a script forms
 # is checked against it when the config is loaded.
@@ -244,7 +245,7 @@ class Route:
 
     name: str
     path: str
-    upstream: str
+    upstream: str  # empty where `rules.answer` answers
     methods: frozenset[str] = frozenset()
     host: str = ""
     strip_prefix: str = ""
@@ -256,3 +257,4 @@ class Route:
     charged: frozenset[int] | None = None
     actual: tuple[ActualCost, ...] = ()
     outage: OutageMode = OutageMode.CLOSED
+    rules: RouteRules = NO_RULES

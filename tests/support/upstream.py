@@ -7,6 +7,7 @@
     GET /-/release       answers everything that is held
     GET /…/named         names itself in the Server field
     GET /…/costs?is=N    says that it cost N, in X-Usage-Cost
+    GET /…/opened        has CORS fields of its own
     *   /…/status?code=N answers with this status
     *   anything else    200, a few bytes
 
@@ -29,6 +30,11 @@ import httptools
 import uvloop
 
 _OK = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 3\r\n\r\nok\n"
+
+_CORS = (
+    b"\r\naccess-control-allow-origin: *\r\naccess-control-expose-headers: x-own\r\n"
+    b"x-own: 1\r\nx-powered-by: upstream\r\nvary: accept\r\n"
+)
 
 served: Counter[str] = Counter()
 now: Counter[str] = Counter()
@@ -89,6 +95,8 @@ class Upstream(asyncio.Protocol):
         elif path.endswith("/costs"):
             cost = b"\r\nx-usage-cost: %b\r\n" % query.removeprefix("is=").encode()
             self.transport.write(_OK.replace(b"\r\n", cost, 1))
+        elif path.endswith("/opened"):
+            self.transport.write(_OK.replace(b"\r\n", _CORS, 1))
         elif path.endswith("/echo"):
             self._json({"path": path, "query": query, "headers": self.headers})
         elif code != 200:
