@@ -66,6 +66,9 @@ class LocalCounter:
     def inc(self, *labels: str) -> None:
         self.pending[labels] += 1
 
+    def add(self, count: int, *labels: str) -> None:
+        self.pending[labels] += count
+
     def flush(self) -> None:
         counts = self.pending
         if not counts:
@@ -99,6 +102,8 @@ class LocalMetrics:
         self.key_cache_hits = LocalCounter(metrics.key_cache_hits)  # inc(kind)
         self.key_cache_misses = LocalCounter(metrics.key_cache_misses)  # inc(kind)
         self.upstream_errors = LocalCounter(metrics.upstream_errors)  # inc(upstream, kind)
+        self.costs_settled = LocalCounter(metrics.costs_settled)  # inc(meter, source, result)
+        self.cost_units = LocalCounter(metrics.cost_units)  # add(units, meter, which)
         self._upstreams: dict[str, LocalHistogram] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.before_flush: Callable[[], object] | None = None  # brings gauges up to date
@@ -151,6 +156,8 @@ class LocalMetrics:
             self.key_cache_hits,
             self.key_cache_misses,
             self.upstream_errors,
+            self.costs_settled,
+            self.cost_units,
             *self._upstreams.values(),
         ]
 
