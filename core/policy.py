@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from core.cost import ActualCost
 from core.rules import NO_RULES, RouteRules
+from core.upstream import Upstream as Upstream
 
 # Lua numbers are doubles: integers are exact up to here, and every product that a script forms
 # is checked against it when the config is loaded.
@@ -217,18 +218,6 @@ class Plan:
     description: str = ""
     price: Price | None = None
     status_rule: Mapping[Status, int | None] = field(default_factory=lambda: DEFAULT_STATUS_RULE)
-
-
-@dataclass(frozen=True, slots=True)
-class Upstream:
-    """Where admitted requests go. Times in milliseconds, sizes in bytes."""
-
-    name: str
-    urls: tuple[str, ...]
-    connect_timeout_ms: int = 1_000
-    response_timeout_ms: int = 30_000
-    max_connections: int = 256
-    keepalive_ms: int = 60_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,6 +179,8 @@ class Gateway:
             costs=CostReport(self.local.costs_settled, self.local.cost_units),
         )
         self._respond = self._responder(self.runtime)
+        self._start_pools()
+        self.local.before_flush = self._sample_pools
         self.local.start(loop)
         self.metrics.config_applied(self.config.current.digest)
         self._tasks.append(asyncio.create_task(self.config.run(), name="config-watcher"))
@@ -307,6 +309,7 @@ class Gateway:
         self._pin_meters()
         for pool in retired:
             pool.close()
+        self._start_pools()  # after those, whose gauges may have the same labels
         logs.configure(new.settings.log.level, new.settings.log.format, "gateway")
         # Taking a plan out is allowed, but who is still subscribed to it is refused from now on.
         log = _log.warning if removed else _log.info
@@ -316,6 +319,14 @@ class Gateway:
             restart_needed=restart_needed(old, new),
             plans_removed=removed,
         )
+
+    def _start_pools(self) -> None:
+        for pool in self.runtime.pools.values():
+            pool.start(self.metrics)
+
+    def _sample_pools(self) -> None:
+        for pool in self.runtime.pools.values():
+            pool.sample()
 
     def _refused(self, error: ConfigError) -> None:
         self.metrics.config_refused()

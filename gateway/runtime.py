@@ -28,6 +28,7 @@ from gateway.http.message import Header
 from gateway.outage.decide import OutageRules
 from gateway.outage.local import compile_local
 from gateway.paths import Lookalikes
+from gateway.proxy.balance import request_key
 from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.request import RequestRules
 from gateway.proxy.rewrite import Fields, HeaderEdits, path_edit
@@ -55,6 +56,7 @@ class RouteRuntime:
         "_trusted",
         "alters_answers",
         "anonymous",
+        "balance_key",
         "cors",
         "default_server",
         "drop_response_headers",
@@ -96,6 +98,8 @@ class RouteRuntime:
         self.pool = pool
         self.plans = plans
         self.anonymous = plans[route.plan] if route.keyless else None
+        # What its upstream hashes of a request; None where it does not.
+        self.balance_key = request_key(pool.upstream.hash_by, trusted)
         self._trusted = trusted
         self._key = key
         self._rules: dict[bytes | None, RequestRules] = {}

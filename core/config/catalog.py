@@ -1,4 +1,4 @@
-"""Models of what is sold and counted: meters, upstreams, routes, plans and their limits.
+"""Models of what is sold and counted: meters, routes, plans and their limits.
 
 These hold what the file says; `compile` checks references and numbers across them and builds the
 `core.policy` form that the hot path reads.
@@ -37,7 +37,6 @@ from core.config.fields import (
     Quantity,
     Rate,
     StatusClass,
-    UpstreamUrl,
     duration,
     preset,
 )
@@ -226,32 +225,6 @@ class MeterSpec(Section):
     @property
     def aggregation_kind(self) -> Aggregation:
         return Aggregation(self.aggregation)
-
-
-class UpstreamTimeouts(Section):
-    """How long an upstream may take."""
-
-    connect_ms: DurationMs = duration("1s", "connect", "To accept a connection.")
-    response_ms: DurationMs = duration("30s", "response", "To begin an answer.")
-
-
-class UpstreamPool(Section):
-    """Connections to an upstream, a gateway worker."""
-
-    max_connections: Count = preset(256, 256, None, "Connections at most.")
-    keepalive_ms: DurationMs = duration("60s", "keepalive", "How long an idle one is kept.")
-
-
-class UpstreamSpec(Section):
-    """Where admitted requests go."""
-
-    urls: tuple[UpstreamUrl, ...] = Field(
-        min_length=1, description="http://host:port, one or more; requests are spread over them."
-    )
-    timeout: UpstreamTimeouts = Field(
-        default_factory=UpstreamTimeouts, description="How long it may take."
-    )
-    pool: UpstreamPool = Field(default_factory=UpstreamPool, description="Connections to it.")
 
 
 class MatchSpec(Section):

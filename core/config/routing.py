@@ -13,6 +13,7 @@ from core.config.document import Path
 from core.config.outcome import OutcomeSpec, compile_cost
 from core.config.problems import Problems, did_you_mean, dotted
 from core.config.ruling import check_upstream, compile_rules
+from core.config.upstream_compile import statuses
 from core.policy import OutageMode, Route
 
 _LONGEST_NAME = 63
@@ -198,10 +199,4 @@ def _route(
 
 
 def _charged(charge: str | StatusCharge) -> frozenset[int] | None:
-    if isinstance(charge, str):
-        return None
-    codes: set[int] = set()
-    for text in charge.status:
-        first = int(text.replace("x", "0"))
-        codes.update(range(first, first + (100 if text.endswith("xx") else 1)))
-    return frozenset(codes)
+    return None if isinstance(charge, str) else statuses(charge.status)

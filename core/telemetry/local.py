@@ -14,6 +14,7 @@ import os
 import weakref
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Callable
 
 from prometheus_client import Counter
 
@@ -105,6 +106,7 @@ class LocalMetrics:
         self.cost_units = LocalCounter(metrics.cost_units)  # add(units, meter, which)
         self._upstreams: dict[str, LocalHistogram] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self.before_flush: Callable[[], object] | None = None  # brings gauges up to date
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _discard_after_fork(reference))
         atexit.register(_flush_at_exit, reference)
@@ -123,6 +125,8 @@ class LocalMetrics:
 
     def flush(self) -> None:
         """Moves everything counted since the last call into the shared files."""
+        if self.before_flush is not None:
+            self.before_flush()
         for part in self._parts():
             part.flush()
         self._metrics.requests_in_flight.set(self.in_flight)
@@ -163,6 +167,7 @@ class LocalMetrics:
             part.discard()
         self.in_flight = 0
         self._timer = None
+        self.before_flush = None
 
 
 def _discard_after_fork(reference: weakref.ref[LocalMetrics]) -> None:

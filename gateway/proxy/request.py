@@ -18,8 +18,9 @@ from core.secrets import KEY_START
 from gateway.forwarded import TrustedProxies, forwarded_nodes
 from gateway.http.errors import BadRequest, PayloadTooLarge
 from gateway.http.message import Header, Request
-from gateway.proxy.headers import HOP_BY_HOP, Target, connection_tokens
+from gateway.proxy.headers import HOP_BY_HOP, connection_tokens
 from gateway.proxy.rewrite import HOST_BYTES, Facts, HeaderEdits
+from gateway.proxy.target import Target
 
 _FORWARDED: Final = frozenset(
     (
@@ -48,6 +49,9 @@ _READ: Final = _FORWARDED | {
 _DROPPED: Final = (HOP_BY_HOP | {b"expect", b"http2-settings"}) - _READ
 
 _IDENTITY: Final = b"accept-encoding: identity\r\n"
+
+# What a client may not say after its body, where some upstreams would take it for a header.
+NOT_IN_TRAILERS: Final = _READ | _DROPPED | {b"cookie", b"x-api-key"}
 
 _KEY_START: Final = KEY_START.encode()
 
