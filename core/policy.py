@@ -229,6 +229,30 @@ class Upstream:
 
 
 @dataclass(frozen=True, slots=True)
+class FrameCost:
+    """What `meter` counts of a WebSocket: `units` for each message, or each byte of payload.
+
+    `sender` is whose: client, upstream or both.
+    """
+
+    meter: str
+    units: int
+    per_byte: bool
+    sender: str
+
+
+@dataclass(frozen=True, slots=True)
+class WebSocket:
+    """How a route serves WebSockets. `origins` empty means any; `max_message` 0 means any size."""
+
+    origins: frozenset[bytes] = frozenset()
+    costs: tuple[FrameCost, ...] = ()
+    idle_ms: int = 300_000
+    max_message: int = 0
+    max_connections: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """What a request matches and what then happens to it.
 
@@ -236,7 +260,8 @@ class Route:
     `host` empty means every host. `costs` maps meter name to units (scaled) charged a request.
     `plan` is set on keyless routes only (`keyless`), and names the plan of each client address.
     `reserve` makes the charge wait for its answer, and `charged` then says which statuses are paid
-    for; None means whatever the upstream answers.
+    for; None means whatever the upstream answers. Without `websocket` a request to open one is
+    answered as any other.
     """
 
     name: str
@@ -252,3 +277,4 @@ class Route:
     reserve: bool = False
     charged: frozenset[int] | None = None
     outage: OutageMode = OutageMode.CLOSED
+    websocket: WebSocket | None = None

@@ -10,6 +10,7 @@ from core.config.catalog import MatchSpec, RouteSpec, StatusCharge
 from core.config.compile import Meters, Plans, attempt, mapping
 from core.config.document import Path
 from core.config.problems import Problems, did_you_mean, dotted
+from core.config.websocket_compile import compile_websocket, refer_websocket
 from core.policy import OutageMode, Route
 
 _LONGEST_NAME = 63
@@ -93,6 +94,7 @@ def _refer(
         problems.add((*path, "upstream"), f"unknown upstream; declare it under upstreams{hint}")
     for meter in mapping(raw, "meters"):
         meters.refer((*path, "meters", meter), meter, value=False)
+    refer_websocket(path, raw, meters, problems)
     keyless = raw.get("keyless") in (True, "true")
     if keyless and plan is None:
         problems.add((*path, "plan"), "a keyless route needs a plan; name one", value=False)
@@ -164,6 +166,7 @@ def _route(
         reserve=spec.charge != "on_admit",
         charged=_charged(spec.charge),
         outage=OutageMode(spec.outage),
+        websocket=compile_websocket(path, spec.websocket, meters),
     )
 
 
