@@ -249,6 +249,7 @@ class WebSocket:
     costs: tuple[FrameCost, ...] = ()
     idle_ms: int = 300_000
     max_message: int = 0
+    recheck_ms: int = 10_000
     max_connections: int = 10_000
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from core.admission.ledger import Catalogue
 from core.admission.program import CalendarUse, Program, calendar_use, compile_program
@@ -25,6 +26,7 @@ from gateway.outage.local import compile_local
 from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.request import RequestRules
 from gateway.router import Router
+from gateway.websocket.metering import Metering
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class PlanOnRoute:
     plan: Plan
     admission: Admission
     headers: PlanHeaders
+    metering: Metering | None = None  # of what goes through WebSockets
 
 
 class RouteRuntime:
@@ -121,10 +124,10 @@ class Runtime:
             name: PlanHeaders(plan, snapshot.meters, ratelimit=flags.ratelimit, legacy=flags.legacy)
             for name, plan in snapshot.plans.items()
         }
-        self.router: Router[RouteRuntime] = Router(
-            (route, self._route(route, calendars, headers)) for route in snapshot.routes
-        )
+        routes = [(route, self._route(route, calendars, headers)) for route in snapshot.routes]
+        self.router: Router[RouteRuntime] = Router(routes)
         self.match_host = self.router.by_host
+        self.routes = {route.name: value for route, value in routes}
 
     def _outage(self, route: Route, plan: Plan, program: Program) -> OutageRules:
         """What is admitted on a route while Redis is away."""
@@ -144,22 +147,44 @@ class Runtime:
         for name, plan in snapshot.plans.items():
             if route.keyless and name != route.plan:
                 continue
-            program = compile_program(
-                plan,
-                route.costs,
-                snapshot.meters,
-                calendars,
-                durable=not route.keyless,
-                reserve_ms=snapshot.settings.gateway.reservation_ms if route.reserve else 0,
+            admission = self._admission(route, plan, calendars, route.costs)
+            plans[name] = PlanOnRoute(
+                plan, admission, headers[name], self._metering(route, plan, calendars)
             )
-            policies = tuple(policy_of(limit, snapshot.meters) for limit in program.limits)
-            admission = Admission(
-                program,
-                policies,
-                plan.interval_months,
-                self._outage(route, plan, program),
-                route.charged,
-            )
-            plans[name] = PlanOnRoute(plan, admission, headers[name])
         pool = self.pools[snapshot.upstreams[route.upstream]]
         return RouteRuntime(route, pool, plans, self.trusted, snapshot.settings.gateway.key)
+
+    def _admission(
+        self,
+        route: Route,
+        plan: Plan,
+        calendars: CalendarUse,
+        costs: Mapping[str, int],
+        *,
+        within: bool = False,
+    ) -> Admission:
+        """What a request asks; or, `within` one that was admitted, what goes through it."""
+        snapshot = self.snapshot
+        reserve = route.reserve and not within
+        program = compile_program(
+            plan,
+            costs,
+            snapshot.meters,
+            calendars,
+            durable=not route.keyless,
+            reserve_ms=snapshot.settings.gateway.reservation_ms if reserve else 0,
+            slots=not within,
+        )
+        return Admission(
+            program,
+            tuple(policy_of(limit, snapshot.meters) for limit in program.limits),
+            plan.interval_months,
+            self._outage(route, plan, program),
+            route.charged,
+        )
+
+    def _metering(self, route: Route, plan: Plan, calendars: CalendarUse) -> Metering | None:
+        if route.websocket is None or not route.websocket.costs:
+            return None
+        compiled = partial(self._admission, route, plan, calendars, within=True)
+        return Metering(route.websocket.costs, compiled)

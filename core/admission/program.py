@@ -245,13 +245,15 @@ def compile_program(
     durable: bool = True,
     reserve_ms: int = 0,
     event: bool = False,
+    slots: bool = True,
 ) -> Program:
     """The program of a plan for one set of costs (meter name to units; 0 leaves a meter out).
 
     `calendars` comes from `calendar_use` over all plans in force. `durable=False` is for keyless
     subjects: no ledger, no meters, forgotten when idle; their billing quotas follow the calendar
     month or year. With `reserve_ms` an admitted check is a reservation, to be settled within that
-    time. `event` is for usage that is reported, not proxied: quotas alone apply to it.
+    time. `event` is for usage that is reported, not proxied: quotas alone apply to it. Without
+    `slots` concurrency limits are left out: for what happens within a request that holds its own.
 
     Raises:
         KeyError: a cost names a meter that is not in `meters`.
@@ -261,7 +263,7 @@ def compile_program(
     limits = tuple(
         limit
         for limit in plan_limits
-        if (isinstance(limit, Concurrency) or limit.meter in builder.costs)
+        if (slots if isinstance(limit, Concurrency) else limit.meter in builder.costs)
         and (not event or isinstance(limit, Quota))
     )
     if durable:

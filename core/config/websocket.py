@@ -28,7 +28,9 @@ def parse_origin(value: object) -> str:
         return text
     parts = urlsplit(text)
     if not parts.scheme or not parts.netloc or text != f"{parts.scheme}://{parts.netloc}":
-        raise UnitError(value, "not an origin; write scheme://host, such as https://app.example.com")
+        raise UnitError(
+            value, "not an origin; write scheme://host, such as https://app.example.com"
+        )
     return text
 
 
@@ -71,6 +73,9 @@ class WebSocketSpec(Section):
     )
     max_message: Size | None = preset(
         None, None, None, "Payload of one message as it is on the wire (1009); any when left out."
+    )
+    recheck_ms: DurationMs = duration(
+        "10s", "recheck", "How often the key, plan and limits of an open one are looked at again."
     )
     max_connections: Count = preset(
         10_000, 10_000, None, "WebSockets of this route open at once, a worker (503)."

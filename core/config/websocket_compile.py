@@ -12,9 +12,7 @@ from core.config.websocket import WebSocketSpec
 from core.policy import Aggregation, FrameCost, WebSocket
 
 
-def refer_websocket(
-    path: Path, raw: Mapping[str, Any], meters: Meters, problems: Problems
-) -> None:
+def refer_websocket(path: Path, raw: Mapping[str, Any], meters: Meters, problems: Problems) -> None:
     """Report meters of a route's WebSockets that are not there, or cannot add up."""
     for name in mapping(raw.get("websocket"), "meters"):
         at = (*path, "websocket", "meters", name)
@@ -43,5 +41,6 @@ def compile_websocket(path: Path, spec: WebSocketSpec | None, meters: Meters) ->
         costs=tuple(costs),
         idle_ms=spec.idle_timeout_ms,
         max_message=spec.max_message or 0,
+        recheck_ms=spec.recheck_ms,
         max_connections=spec.max_connections,
     )

@@ -98,6 +98,10 @@ class LocalMetrics:
         self.key_cache_hits = LocalCounter(metrics.key_cache_hits)  # inc(kind)
         self.key_cache_misses = LocalCounter(metrics.key_cache_misses)  # inc(kind)
         self.upstream_errors = LocalCounter(metrics.upstream_errors)  # inc(upstream, kind)
+        self.websocket_messages = LocalCounter(metrics.websocket_messages)
+        self.websocket_bytes = LocalCounter(metrics.websocket_bytes)
+        self.websocket_closed = LocalCounter(metrics.websocket_closed)  # inc(route, who, code)
+        self.websockets: defaultdict[str, int] = defaultdict(int)  # open, by route
         self._upstreams: dict[str, LocalHistogram] = {}
         self._timer: asyncio.TimerHandle | None = None
         reference = weakref.ref(self)
@@ -121,6 +125,8 @@ class LocalMetrics:
         for part in self._parts():
             part.flush()
         self._metrics.requests_in_flight.set(self.in_flight)
+        for route, count in self.websockets.items():
+            self._metrics.websockets.labels(route).set(count)
         dropped = logs.take_dropped()
         if dropped:
             self._metrics.log_lines_dropped.inc(dropped)
@@ -147,6 +153,9 @@ class LocalMetrics:
             self.key_cache_hits,
             self.key_cache_misses,
             self.upstream_errors,
+            self.websocket_messages,
+            self.websocket_bytes,
+            self.websocket_closed,
             *self._upstreams.values(),
         ]
 
@@ -155,6 +164,7 @@ class LocalMetrics:
         for part in self._parts():
             part.discard()
         self.in_flight = 0
+        self.websockets.clear()
         self._timer = None
 
 

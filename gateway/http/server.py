@@ -12,10 +12,11 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import partial
 from typing import Final
 
 from core import clock
-from gateway.http.exchange import Exchange, Handler
+from gateway.http.exchange import Exchange, Handler, Tunnel
 from gateway.http.h1 import ClientConnection
 from gateway.http.message import Header
 
@@ -79,7 +80,7 @@ class HttpServer:
         self._handshake_timeout_s = handshake_timeout_s
         self._servers: list[asyncio.Server] = []
         self._connections: set[ClientConnection] = set()
-        self._tunnels: set[asyncio.Protocol] = set()
+        self._tunnels: set[Tunnel] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._sweep()
 
@@ -113,6 +114,9 @@ class HttpServer:
         """Stop accepting, answer what is under way for so long, then close everything."""
         self.stop_accepting()
         self.draining = True
+        # At once: they do not end by themselves, and their clients can connect elsewhere.
+        for tunnel in tuple(self._tunnels):
+            tunnel.going_away()
         began = clock.monotonic()
         idle_until = began + min(_IDLE_GRACE_S, seconds / 2)
         while self._connections or self._tunnels:
@@ -130,6 +134,7 @@ class HttpServer:
         """Close everything at once."""
         self.stop_accepting()
         tasks = [task for c in self._connections if (task := c.task) is not None]
+        tasks += [tunnel.task for tunnel in self._tunnels if tunnel.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -158,12 +163,12 @@ class HttpServer:
     def closed(self, connection: ClientConnection) -> None:
         self._connections.discard(connection)
 
-    def took_over(self, protocol: asyncio.Protocol) -> None:
+    def took_over(self, tunnel: Tunnel) -> None:
         """A connection goes on as something else than HTTP."""
-        self._tunnels.add(protocol)
-
-    def tunnel_closed(self, protocol: asyncio.Protocol) -> None:
-        self._tunnels.discard(protocol)
+        self._tunnels.add(tunnel)
+        tunnel.on_closed = partial(self._tunnels.discard, tunnel)
+        if self.draining:
+            self.loop.call_soon(tunnel.going_away)
 
     def _sweep(self) -> None:
         self._timer = self.loop.call_later(_SWEEP_S, self._sweep)

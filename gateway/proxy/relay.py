@@ -75,6 +75,7 @@ async def relay(
     default_server: Header | None = None,
     response_timeout_s: float | None = None,
     before_start: Callable[[int], Awaitable[None]] | None = None,
+    switch: Callable[[UpstreamConnection], Awaitable[None]] | None = None,
 ) -> RelayResult:
     """Relay one admitted request.
 
@@ -89,6 +90,8 @@ async def relay(
             up to 0.15 s late.
         before_start: awaited with the status once the head of the answer is there, before any of
             it is passed on. What it raises ends the relay: the answer is not passed on.
+        switch: awaited with the connection instead of anything else when the answer is 101, which
+            only one to a `head.upgrade` can be. It takes both sockets over.
 
     Returns:
         A result once the response has started; the exchange has then ended.
@@ -104,6 +107,10 @@ async def relay(
     try:
         conn = await run.request()
         status = conn.status
+        if status == 101 and switch is not None:
+            await switch(conn)
+            ms = run.head_ms(conn)
+            return RelayResult(101, 0, 0, ms, Outcome.COMPLETE, None, conn.headers, ms)
         if before_start is not None:
             await before_start(status)
         headers = conn.headers
@@ -172,7 +179,7 @@ class _Relay:
             flight.conn = conn
             if flight.error is not None:
                 raise flight.error
-            conn.begin(head.to(conn.target) + body, head.method == b"HEAD")
+            conn.begin(head.to(conn.target) + body, head.method == b"HEAD", head.upgrade)
             if length:
                 flight.body_sent = False
                 self._pump = asyncio.create_task(_send_body(flight, conn, length))

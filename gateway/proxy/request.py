@@ -69,6 +69,7 @@ class RequestHead(NamedTuple):
     fields: bytes
     body_length: int
     request_id: bytes
+    upgrade: bool = False  # the answer may be 101
 
     def to(self, target: Target) -> bytes:
         """The head as sent to `target`, with the empty line that ends it."""
