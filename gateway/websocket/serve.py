@@ -166,8 +166,9 @@ class _Live:
         ]
         client, upstream = sides
         self.tunnel = Tunnel(client, upstream, idle_ms=rule.idle_ms, on_passed=self._passed)
+        upstream.attach(transport)
         exchange.take_over(client, answer)
-        upstream.open(transport, rest)
+        upstream.start(rest)
 
     async def run(self, tunnel: Tunnel, request_id: str) -> None:
         """To the end of the WebSocket; whatever happens, both connections are closed then."""

@@ -150,13 +150,17 @@ class Side(Taken):
 
     # The tunnel's view
 
-    def open(self, transport: asyncio.Transport, data: bytes) -> None:
-        """Go on with a connection that is not being read, of which `data` was read already."""
+    def attach(self, transport: asyncio.Transport) -> None:
+        """Go on with a connection that is not being read yet: `start` begins to."""
         transport.set_protocol(self)
         self.connection_made(transport)
+
+    def start(self, data: bytes) -> None:
+        """Begin to read; `data` was read already."""
         if data:
             self.data_received(data)
-        if not self._read_paused and not transport.is_closing():
+        transport = self.transport
+        if not self._read_paused and transport is not None and not transport.is_closing():
             transport.resume_reading()
 
     def part(self, code: int, reason: str) -> None:

@@ -1,13 +1,13 @@
 """A WebSocket upstream that does what the last part of its path says, on a thread of its own.
 
-    echo            sends everything back, as text or binary as it came
-    sink            reads and remembers how much
-    deaf            does not read
-    push?n=N&size=S sends N messages of S bytes, then reads
-    close?code=C    closes with this code and a reason
-    vanish          cuts the connection after the first message
-    refuse?code=C   answers the handshake with this status and a body
-    headers         sends its request's headers as JSON
+echo            sends everything back, as text or binary as it came
+sink            reads and remembers how much
+deaf            does not read
+push?n=N&size=S sends N messages of S bytes, then reads
+close?code=C    closes with this code and a reason
+vanish          cuts the connection after the first message
+refuse?code=C   answers the handshake with this status and a body
+headers         sends its request's headers as JSON
 """
 
 from __future__ import annotations
@@ -56,8 +56,15 @@ class Upstream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+
+    async def _stop(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _start(self) -> None:
         server = await serve(
