@@ -104,9 +104,15 @@ class WebSockets:
             if not conn.names_server:
                 headers.append(SERVER)
             answer = handshake.answer([*headers, *extra])
-            if charge is not None:
-                await charge.answered(_PAID)
-            live.open(conn, answer, compressed)
+            transport, rest = conn.detach()
+            try:
+                # Nothing can go wrong with the upstream's answer any more: it is paid for.
+                if charge is not None:
+                    await charge.answered(_PAID)
+                live.open(transport, rest, answer, compressed)
+            except BaseException:
+                transport.abort()
+                raise
 
         result = await relay(
             exchange,
@@ -147,13 +153,17 @@ class _Live:
         self._own_id = own_id
         self.tunnel: Tunnel | None = None
 
-    def open(self, conn: UpstreamConnection, answer: bytes, compressed: bool) -> None:
-        """Both sockets go on as a tunnel; `answer` is what the client is sent first."""
+    def open(
+        self, transport: asyncio.Transport, rest: bytes, answer: bytes, compressed: bool
+    ) -> None:
+        """Both sockets go on as a tunnel; `answer` is what the client is sent first.
+
+        `transport` is the upstream's, of which `rest` was read already.
+        """
         exchange, rule = self._exchange, self._rule
         assert isinstance(exchange, Http1Exchange)
         if exchange.gone:
             raise ClientDisconnected("the client closed the connection")
-        transport, rest = conn.detach()
         sides = [
             Side(
                 name,

@@ -18,10 +18,12 @@ meters:
 upstreams:
   live: {urls: ["http://127.0.0.1:%(port)d"], timeout: {connect: 2s, response: 3s}}
   plain: {urls: ["${UPSTREAM}"]}
+  odd: {urls: ["http://127.0.0.1:%(odd)d"], timeout: {connect: 2s, response: 500ms}}
   nobody: {urls: ["http://127.0.0.1:1"]}
 routes:
   - {match: {path: /plain/*}, upstream: plain}
   - {match: {path: /off/*}, upstream: live}
+  - {match: {path: /odd/*}, upstream: odd, charge: on_response, websocket: true}
   - {match: {path: /nobody/*}, upstream: nobody, charge: on_response, websocket: true}
   - {match: {path: /free/*}, upstream: live, keyless: true, plan: anonymous, websocket: true}
   - match: {path: /shop/*}
@@ -55,6 +57,6 @@ plans:
 """
 
 
-def config(port: int) -> str:
-    """With a WebSocket upstream on this port."""
-    return _CONFIG % {"port": port}
+def config(port: int, odd: int) -> str:
+    """With WebSocket upstreams on these ports, the second of which is not a good one."""
+    return _CONFIG % {"port": port, "odd": odd}

@@ -46,7 +46,9 @@ def new_stack(
             asyncio.run(create(name))
             path = stop.enter_context(server_directory())
             return stop.enter_context(
-                start_stack(path, config(upstream.port), postgres_server.url_of(name))
+                start_stack(
+                    path, config(upstream.port, upstream.odd_port), postgres_server.url_of(name)
+                )
             )
 
         yield start

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,23 +19,28 @@ from tests.support.wait import wait_until
 DEADLINE_S = 20
 
 
-def address(stack: Stack, path: str, caller: Subscriber | None = None, **query: object) -> str:
-    """Of a path below a route; the upstream remembers what it sees under the subscriber."""
-    if caller is not None:
-        query = {"who": caller.id, **query}
+def address(port: int, path: str, query: Mapping[str, object]) -> str:
+    """Of a path below a route."""
     text = "&".join(f"{name}={value}" for name, value in query.items())
-    return f"ws://127.0.0.1:{stack.ports[0]}{path}?{text}"
+    return f"ws://127.0.0.1:{port}{path}?{text}"
 
 
 @asynccontextmanager
 async def opened(
-    stack: Stack, path: str, who: Subscriber | None = None, *, query: Any = None, **options: Any
+    stack: Stack,
+    path: str,
+    caller: Subscriber | None = None,
+    *,
+    query: Mapping[str, object] | None = None,
+    gateway: int = 0,
+    **options: Any,
 ) -> AsyncIterator[ClientConnection]:
-    """A WebSocket; the whole of it has `DEADLINE_S`."""
-    headers = {"x-api-key": who.key} if who is not None else {}
+    """A WebSocket; the whole of it has `DEADLINE_S`. The upstream knows it by its caller's id."""
+    headers = {"x-api-key": caller.key} if caller is not None else {}
     headers |= options.pop("headers", {})
     options = {"compression": None, "max_size": None, "ping_interval": None, **options}
-    url = address(stack, path, who, **(query or {}))
+    named = {"who": caller.id} if caller is not None else {}
+    url = address(stack.ports[gateway], path, {**named, **(query or {})})
     async with (
         asyncio.timeout(DEADLINE_S),
         connect(url, additional_headers=headers, proxy=None, **options) as client,
@@ -52,14 +57,14 @@ async def ended(client: ClientConnection) -> tuple[int, str]:
         return client.close_code or 0, client.close_reason or ""
 
 
-def closed_line(stack: Stack, who: str) -> dict[str, Any]:
+def closed_line(stack: Stack, who: str, gateway: int = 0) -> dict[str, Any]:
     """What the log says of the one WebSocket of a subject that was closed."""
     found: list[dict[str, Any]] = []
 
     def logged() -> bool:
         found[:] = [
             line
-            for text in stack.gateways[0].output.splitlines()
+            for text in stack.gateways[gateway].output.splitlines()
             if '"websocket_closed"' in text and (line := json.loads(text))["subject"] == who
         ]
         return bool(found)

@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
-from websockets.asyncio.client import connect
 
-from tests.integration.websocket.talk import address, closed_line, ended, frame, opened, raw
+from tests.integration.websocket.talk import closed_line, ended, frame, opened, raw
 from tests.integration.websocket.talk import handshake as asking
 from tests.integration.websocket.upstream import Upstream
 from tests.support.stack import Stack
@@ -71,7 +70,7 @@ def test_what_the_upstream_is_asked_and_what_the_client_is_told(stack: Stack) ->
             assert "x-api-key" not in names
             assert who.key not in json.dumps(seen)
         # Browsers cannot set headers: a key in the query, which does not go on either.
-        async with connect(address(stack, "/live/headers", key=who.key), proxy=None) as client:
+        async with opened(stack, "/live/headers", query={"key": who.key}) as client:
             assert who.key not in str(await client.recv())
 
     asyncio.run(run())
@@ -204,7 +203,7 @@ def test_an_end_that_does_not_read_costs_a_bounded_amount_of_memory(
             down.transport.resume_reading()
             for _ in range(64):
                 assert len(await down.recv()) == MIB
-            up.transport.abort()
+            upstream.cut(who.id)
 
     async def flood(client: object) -> None:
         for _ in range(64):

@@ -26,9 +26,38 @@ from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+# To the key of the RFC's example.
+_ACCEPT = b"sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"
+_SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+_GOOD = _SWITCH + _ACCEPT + b"\r\n"
+
+# What the other upstream answers whatever it is asked, by the last part of the path.
+ODD = {
+    "unproven": _SWITCH + b"\r\n",
+    "wrong": _SWITCH + b"sec-websocket-accept: AAAAAAAAAAAAAAAAAAAAAAAAAAA=\r\n\r\n",
+    "unswitched": b"HTTP/1.1 101 Switching Protocols\r\n" + _ACCEPT + b"\r\n",
+    "protocol": _SWITCH + _ACCEPT + b"sec-websocket-protocol: mine\r\n\r\n",
+    "extension": _SWITCH + _ACCEPT + b"sec-websocket-extensions: permessage-deflate\r\n\r\n",
+    "other": b"HTTP/1.1 101 Switching Protocols\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\n",
+    "silent": b"",
+    "prompt": _GOOD + b"\x81\x05hello",
+    "masked": _GOOD + b"\x81\x81\x00\x00\x00\x00x",
+    "unknown": _GOOD + b"\x81\x05hello\x83\x00",
+    "half": _GOOD + b"\x82\x7f\x00\x00\x00\x00\x10\x00\x00\x00begin",
+}
+
+
+async def _odd(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    head = await reader.readuntil(b"\r\n\r\n")
+    writer.write(ODD[head.split(b" ")[1].partition(b"?")[0].decode().rpartition("/")[2]])
+    if b"/half" in head:
+        writer.write_eof()
+    await reader.read()
+    writer.close()
+
 
 class Upstream:
-    """A context manager. `port` is where it listens.
+    """A context manager. `port` is where it listens, `odd_port` where the one of `ODD` does.
 
     Attributes:
         messages, size: received, by the path before the last part and the query's `who`.
@@ -37,11 +66,12 @@ class Upstream:
     """
 
     def __init__(self) -> None:
-        self.port = 0
+        self.port = self.odd_port = 0
         self.messages: Counter[str] = Counter()
         self.size: Counter[str] = Counter()
         self.open: Counter[str] = Counter()
         self.ends: dict[str, list[tuple[int, str]]] = {}
+        self._connections: dict[str, list[ServerConnection]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -59,6 +89,15 @@ class Upstream:
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+
+    def cut(self, who: str) -> None:
+        """Cuts the connections of one who."""
+
+        def cut() -> None:
+            for connection in self._connections.get(who, ()):
+                connection.transport.abort()
+
+        self._loop.call_soon_threadsafe(cut)
 
     async def _stop(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -78,6 +117,8 @@ class Upstream:
             close_timeout=2,
         )
         self.port = next(iter(server.sockets)).getsockname()[1]
+        odd = await asyncio.start_server(_odd, "127.0.0.1", 0)
+        self.odd_port = odd.sockets[0].getsockname()[1]
 
     @staticmethod
     def _process(connection: ServerConnection, request: Request) -> Response | None:
@@ -99,6 +140,7 @@ class Upstream:
         what = url.path.rpartition("/")[2]
         who = query.get("who", "")
         self.open[who] += 1
+        self._connections.setdefault(who, []).append(connection)
         try:
             await getattr(self, f"_do_{what}")(connection, who, query)
             await connection.wait_closed()
