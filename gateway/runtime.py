@@ -6,7 +6,7 @@ cost the upstreams their keep-alive connections.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,7 @@ from core.config import Snapshot
 from core.config.models import KeySettings
 from core.policy import OutageMode, Plan, Route, Upstream
 from gateway.admission.limiter import Admission
-from gateway.answers.headers import PlanHeaders
+from gateway.answers.headers import Headers, PlanHeaders
 from gateway.answers.verdict import policy_of
 from gateway.auth.extract import Source
 from gateway.forwarded import TrustedProxies
@@ -36,13 +36,14 @@ class PlanOnRoute:
     plan: Plan
     admission: Admission
     headers: PlanHeaders
+    plain_headers: Callable[[Sequence[int]], Headers]
     metering: Metering | None = None  # of what goes through WebSockets
 
 
 class RouteRuntime:
     """A route with everything a request on it needs."""
 
-    __slots__ = ("_key", "_rules", "_trusted", "anonymous", "plans", "pool", "route")
+    __slots__ = ("_key", "_rules", "_trusted", "anonymous", "plans", "pool", "route", "websocket")
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class RouteRuntime:
         key: KeySettings,
     ) -> None:
         self.route = route
+        self.websocket = route.websocket
         self.pool = pool
         self.plans = plans
         self.anonymous = plans[route.plan] if route.keyless else None
@@ -149,7 +151,11 @@ class Runtime:
                 continue
             admission = self._admission(route, plan, calendars, route.costs)
             plans[name] = PlanOnRoute(
-                plan, admission, headers[name], self._metering(route, plan, calendars)
+                plan,
+                admission,
+                headers[name],
+                headers[name].plain(admission.policies),
+                self._metering(route, plan, calendars),
             )
         pool = self.pools[snapshot.upstreams[route.upstream]]
         return RouteRuntime(route, pool, plans, self.trusted, snapshot.settings.gateway.key)
