@@ -7,6 +7,7 @@ gateway:
   drain: 5s
   access_log: true
   key: {query: key}
+  outage: {spool_dir: "${TALLYGATE_METRICS_DIR}-spool"}
 redis: {url: "${TALLYGATE_REDIS_URL}", timeout: 5s}
 postgres: {url: "${TALLYGATE_POSTGRES_URL}", timeout: 2s}
 secrets: {key_pepper: "${TALLYGATE_KEY_PEPPER}"}
@@ -31,10 +32,14 @@ routes:
     websocket: {origins: ["https://shop.example"]}
   - {match: {path: /idle/*}, upstream: live, websocket: {idle_timeout: 1s}}
   - {match: {path: /small/*}, upstream: live, websocket: {max_message: 1000 B}}
-  - {match: {path: /few/*}, upstream: live, websocket: {max_connections: 1}}
+  - {match: {path: /few/*}, upstream: live, websocket: {max_connections: 1, recheck: 1s}}
   - {match: {path: /paid/*}, upstream: live, charge: {status: [2xx]}, websocket: true}
   - match: {path: /messages/*}
     upstream: live
+    websocket: {meters: {messages: {per: message, from: client}}}
+  - match: {path: /kept/*}
+    upstream: live
+    outage: open
     websocket: {meters: {messages: {per: message, from: client}}}
   - match: {path: /both/*}
     upstream: live

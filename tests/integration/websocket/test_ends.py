@@ -173,3 +173,58 @@ def test_a_frame_that_is_never_finished_ends_without_a_close(stack: Stack) -> No
     asyncio.run(run())
     line = closed_line(stack, who.id)
     assert (line["who"], line["code"]) == ("upstream", 1006)
+
+
+def test_a_route_that_serves_no_websockets_any_more_ends_those_that_are_open(
+    stack: Stack,
+) -> None:
+    who = stack.subscribe("open")
+    before = stack.config.read_text()
+
+    async def run() -> tuple[int, str]:
+        async with opened(stack, "/few/echo", who) as client:
+            after = before.replace("websocket: {max_connections: 1, recheck: 1s}", "")
+            assert after != before
+            await asyncio.to_thread(stack.write_config, after)
+            return await ended(client)
+
+    try:
+        assert asyncio.run(run()) == (1012, "the route was changed; connect again")
+    finally:
+        stack.write_config(before)
+
+
+def test_without_redis_what_costs_is_passed_on_only_where_the_route_says_so(
+    stack: Stack, upstream: Upstream
+) -> None:
+    """Last in this file: it ends Redis, and starts it again on the same data."""
+    who = stack.subscribe("talk")
+
+    async def run() -> None:
+        async with (
+            opened(stack, "/messages/echo", who) as counted,
+            opened(stack, "/kept/echo", who) as kept,
+            opened(stack, "/live/echo", who) as free,
+        ):
+            await counted.send("one")
+            await counted.recv()
+            assert stack.valkey.process is not None
+            stack.valkey.process.kill()
+            stack.valkey.process.wait()
+            await counted.send("two")
+            code, reason = await ended(counted)
+            assert (code, reason.partition(";")[0]) == (
+                1013,
+                "usage cannot be counted at the moment",
+            )
+            await free.send("what costs nothing goes on")
+            assert await free.recv() == "what costs nothing goes on"
+            for number in range(3):
+                await kept.send(f"counted afterwards {number}")
+                assert await kept.recv() == f"counted afterwards {number}"
+
+    asyncio.run(run())
+    stack.valkey.start()
+    wait_until(lambda: stack.get("/-/readyz").status_code == 200, what="Redis back")
+    assert upstream.messages[who.id] == 1 + 1 + 3
+    wait_until(lambda: int(stack.state(who)["messages"].total) == 1 + 3, what="the replay")
