@@ -61,7 +61,7 @@ def test_a_killed_worker_has_counted_all_that_was_passed_on(
     assert int(stack.ledger(who)["requests"].total) == 1
     assert received <= counted <= sent
     # What one question was about, and what was on its way: see docs/websocket.md.
-    assert counted - received <= 2 * (64 * 1024 + 256_000) / len(frame(1, b"message 500"))
+    assert counted - received <= (3 * 65_536 + 2 * 256_000) / len(frame(1, b"message 500"))
 
 
 def test_messages_one_by_one_are_counted_one_by_one_when_the_worker_is_killed(

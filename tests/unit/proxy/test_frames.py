@@ -6,6 +6,8 @@ import random
 import struct
 
 import pytest
+from websockets.protocol import State
+from websockets.server import ServerProtocol
 
 from gateway.proxy.websocket.frames import Cut, FrameReader, close_frame, cuts
 
@@ -189,3 +191,40 @@ def test_cuts_are_where_messages_begin() -> None:
         Cut(len(fed.data), 3, 215 + 14),
     ]
     assert places[-1][1:] == (fed.messages, fed.payload)
+
+
+def random_frame(chance: random.Random) -> bytes:
+    """Mostly what a client may send next, sometimes not."""
+    opcode = chance.choice((TEXT, BINARY, CONTINUATION, CONTINUATION, PING, PONG, 3, 11))
+    if chance.random() < 0.1:
+        code = chance.choice((1000, 1003, 1004, 1005, 1006, 1012, 1015, 2999, 3000, 4999, 5000))
+        payload = struct.pack(">H", code) + chance.choice((b"", b"bye", b"\xff", "✓".encode()))
+        return frame(CLOSE, payload if chance.random() < 0.8 else payload[: chance.randrange(3)])
+    sizes = (0, 1, 125) if opcode >= CLOSE and chance.random() < 0.9 else (0, 1, 126, 65_536)
+    return frame(
+        opcode,
+        b"x" * chance.choice(sizes),
+        fin=chance.random() < (0.95 if opcode >= CLOSE else 0.6),
+        rsv=chance.choice((1, 2, 4)) if chance.random() < 0.05 else 0,
+        mask=chance.random() < 0.97,
+    )
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_what_another_implementation_refuses_is_refused_here_at_the_same_frame(seed: int) -> None:
+    chance = random.Random(seed)
+    theirs = ServerProtocol(state=State.OPEN, max_size=None)
+    ours = reader()
+    for _ in range(12):
+        sent = random_frame(chance)
+        theirs.receive_data(sent)
+        theirs.events_received()
+        ours.feed(sent)
+        refused = ours.error is not None
+        assert refused == (theirs.parser_exc is not None), sent[:20]
+        if refused:
+            return
+        if ours.close is not None:
+            assert theirs.close_rcvd is not None
+            assert ours.close == (theirs.close_rcvd.code, theirs.close_rcvd.reason)
+            return
