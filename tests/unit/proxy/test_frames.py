@@ -221,6 +221,8 @@ def test_what_another_implementation_refuses_is_refused_here_at_the_same_frame(s
         theirs.events_received()
         ours.feed(sent)
         refused = ours.error is not None
+        if ours.close is not None and "incomplete fragmented" in str(theirs.parser_exc):
+            return  # it may be left in the middle of a message: RFC 6455 section 5.4
         assert refused == (theirs.parser_exc is not None), sent[:20]
         if refused:
             return
