@@ -18,7 +18,6 @@ from core.telemetry import logs
 from core.telemetry.local import LocalMetrics
 from gateway.admission.limiter import Decision, Limiter
 from gateway.answers import problems
-from gateway.answers.headers import SERVER
 from gateway.answers.problems import Problem
 from gateway.auth import Authenticator
 from gateway.auth import Outcome as Auth
@@ -88,7 +87,6 @@ class WebSockets:
         subject: Subscription | str,
         own_id: str,
         limit_headers: Sequence[Header],
-        drop_headers: frozenset[bytes],
     ) -> RelayResult:
         """As `relay` does, and to the end of the WebSocket where one was opened.
 
@@ -100,9 +98,9 @@ class WebSockets:
 
         async def switch(conn: UpstreamConnection) -> None:
             compressed = handshake.agreed(conn.headers, shake)
-            headers = [pair for pair in conn.headers if pair[0] not in drop_headers]
-            if not conn.names_server:
-                headers.append(SERVER)
+            headers = [pair for pair in conn.headers if pair[0] not in route.drop_response_headers]
+            if route.default_server is not None and not conn.names_server:
+                headers.append(route.default_server)
             answer = handshake.answer([*headers, *extra])
             transport, rest = conn.detach()
             try:
@@ -119,8 +117,8 @@ class WebSockets:
             pool=route.pool,
             head=handshake.requested(head, shake),
             extra_response_headers=limit_headers,
-            drop_response_headers=drop_headers,
-            default_server=SERVER,
+            drop_response_headers=route.drop_response_headers,
+            default_server=route.default_server,
             before_start=charge.answered if charge is not None else None,
             switch=switch,
         )
