@@ -58,6 +58,7 @@ plans:
   five: {limits: {handshakes: {period: billing, limit: 5}}}
   slots: {limits: {at_once: {concurrency: 2, lease: 2s}}}
   talk: {limits: {talk: {period: billing, limit: 10, meter: messages}, at_once: {concurrency: 3}}}
+  loose: {limits: {loose: {period: billing, limit: 5, meter: messages, action: warn}}}
   bytes: {limits: {volume: {period: billing, limit: 1000, meter: traffic}}}
 """
 

@@ -74,6 +74,17 @@ def closed_line(stack: Stack, who: str, gateway: int = 0) -> dict[str, Any]:
     return found[0]
 
 
+def reconfigure(stack: Stack, text: str) -> None:
+    """Another configuration, which is in force when this returns."""
+
+    def applied() -> int:
+        return stack.gateways[0].output.count('"config_applied"')
+
+    before = applied()
+    stack.write_config(text)
+    wait_until(lambda: applied() > before, what="the configuration in force")
+
+
 def frame(opcode: int, payload: bytes = b"", *, fin: bool = True) -> bytes:
     """A masked frame, of up to 65,535 bytes."""
     key, size = os.urandom(4), len(payload)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from core.keyspace import Keyspace
-from tests.integration.websocket.talk import closed_line, ended, frame, opened, raw
+from tests.integration.websocket.talk import closed_line, ended, frame, opened, raw, reconfigure
 from tests.integration.websocket.talk import handshake as asking
 from tests.integration.websocket.upstream import Upstream
 from tests.support.stack import Stack, Subscriber
@@ -219,3 +220,28 @@ def test_another_plan_ends_the_websockets_of_the_one_before(stack: Stack) -> Non
             return await ended(client)
 
     assert asyncio.run(run()) == (1012, "the plan was changed; connect again")
+
+
+def test_a_limit_that_is_changed_is_in_force_for_what_is_open(stack: Stack) -> None:
+    who = stack.subscribe("loose")
+    before = stack.config.read_text()
+
+    async def run() -> tuple[int, str]:
+        async with opened(stack, "/both/sink", who) as client:
+            for _ in range(10):
+                await client.send("x")
+            await wait_until_async(lambda: total(stack, who, "messages") == 10, what="ten")
+            after = before.replace(
+                "meter: messages, action: warn", "meter: messages, action: block"
+            )
+            await asyncio.to_thread(reconfigure, stack, after)
+            with suppress(ConnectionClosed):
+                while True:
+                    await client.send("x")
+                    await asyncio.sleep(0.02)
+            return await ended(client)
+
+    try:
+        assert asyncio.run(run()) == (1008, "limit reached: loose")
+    finally:
+        reconfigure(stack, before)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.websocket.talk import closed_line, ended, frame, opened, raw
+from tests.integration.websocket.talk import closed_line, ended, frame, opened, raw, reconfigure
 from tests.integration.websocket.talk import handshake as asking
 from tests.integration.websocket.upstream import Upstream
 from tests.support.stack import Stack
@@ -185,13 +185,13 @@ def test_a_route_that_serves_no_websockets_any_more_ends_those_that_are_open(
         async with opened(stack, "/few/echo", who) as client:
             after = before.replace("websocket: {max_connections: 1, recheck: 1s}", "")
             assert after != before
-            await asyncio.to_thread(stack.write_config, after)
+            await asyncio.to_thread(reconfigure, stack, after)
             return await ended(client)
 
     try:
         assert asyncio.run(run()) == (1012, "the route was changed; connect again")
     finally:
-        stack.write_config(before)
+        reconfigure(stack, before)
 
 
 def test_without_redis_what_costs_is_passed_on_only_where_the_route_says_so(
