@@ -20,7 +20,11 @@ OWN = 1  # a second gateway of the stack, for tests that end it
 
 @pytest.fixture
 def own_gateway(stack: Stack) -> int:
-    process = stack.start_gateway(1, OWN if len(stack.gateways) > OWN else None)
+    if len(stack.gateways) <= OWN:
+        stack.start_gateway(1)
+    elif stack.gateways[OWN].popen.poll() is not None:
+        stack.start_gateway(1, OWN)
+    process = stack.gateways[OWN]  # which has a new worker in place of a killed one
     process.wait_for_http(f"http://127.0.0.1:{stack.ports[OWN]}/-/readyz")
     return OWN
 
