@@ -23,6 +23,7 @@ from gateway.answers.cors import CorsRules
 from gateway.answers.headers import SERVER, Headers, PlanHeaders
 from gateway.answers.verdict import policy_of
 from gateway.auth.extract import Source
+from gateway.cost.charge import CostOnRoute, kept_at_head
 from gateway.forwarded import TrustedProxies
 from gateway.http.message import Header
 from gateway.outage.decide import OutageRules
@@ -127,6 +128,7 @@ class RouteRuntime:
             drop_query=() if route.keyless else query,
             key_query=query if route.keyless else (),
             trusted=self._trusted,
+            identity=any(rule.json or rule.sse for rule in route.actual),
             edits=self._edits,
             route=route.name,
             host=route.rules.host,
@@ -201,7 +203,7 @@ class Runtime:
                 program.limits, program.costs, self.snapshot.meters, self._processes
             )
         caps = {name: cap for name in program.costs if (cap := cap_of(plan, name)) is not None}
-        return OutageRules(route.outage, local, caps)
+        return OutageRules(route.outage, local, caps, route.reserve)
 
     def _route(
         self, route: Route, calendars: CalendarUse, headers: Mapping[str, PlanHeaders]
@@ -245,14 +247,17 @@ class Runtime:
     ) -> Admission:
         """What a request asks; or, `within` one that was admitted, what goes through it."""
         snapshot = self.snapshot
-        reserve = route.reserve and not within
+        actual = () if within else route.actual
+        reserves = (route.reserve and not within) or bool(actual)
         program = compile_program(
             plan,
             costs,
             snapshot.meters,
             calendars,
             durable=not route.keyless,
-            reserve_ms=snapshot.settings.gateway.reservation_ms if reserve else 0,
+            reserve_ms=snapshot.settings.gateway.reservation_ms if reserves else 0,
+            keep=kept_at_head(route) if actual and not route.reserve else None,
+            corrected=[rule.meter for rule in actual],
             slots=not within,
         )
         return Admission(
@@ -261,6 +266,7 @@ class Runtime:
             plan.interval_months,
             self._outage(route, plan, program),
             route.charged,
+            CostOnRoute(route, program.watch, program.watch_calendar) if actual else None,
         )
 
     def _metering(self, route: Route, plan: Plan, calendars: CalendarUse) -> Metering | None:
