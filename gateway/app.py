@@ -42,6 +42,7 @@ from gateway.outage.replay import Replay
 from gateway.responder import Responder
 from gateway.runtime import Runtime
 from gateway.settings import required
+from gateway.websocket.serve import WebSockets
 
 _log = logs.get_logger()
 
@@ -214,7 +215,8 @@ class Gateway:
             loader=self._loader,
             clock=clock.now_ms,
         )
-        return Responder(runtime, authenticator, self._limiter, self.local)
+        sockets = WebSockets(self._limiter, authenticator, self.local, lambda: self.runtime)
+        return Responder(runtime, authenticator, self._limiter, self.local, sockets)
 
     # Requests
 

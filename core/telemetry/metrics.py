@@ -201,6 +201,25 @@ class Metrics:
             "upstream_dns_failures_total", "Names that could not be resolved any more.", "upstream"
         )
 
+        # Gateway: WebSockets.
+        self.websockets = _gauge("websockets", "WebSockets that are open.", "livesum", "route")
+        self.websocket_messages = _counter(
+            "websocket_messages_total",
+            "Messages passed on, by direction: in (of clients), out.",
+            "route", "direction",
+        )  # fmt: skip
+        self.websocket_bytes = _counter(
+            "websocket_bytes_total",
+            "Bytes of payload passed on, as they were on the wire.",
+            "route", "direction",
+        )  # fmt: skip
+        self.websocket_closed = _counter(
+            "websocket_closed_total",
+            "WebSockets that ended, by who ended them (client, upstream, gateway) and close code: "
+            "1000 to 1015, 3xxx, 4xxx, other; 1006 is a connection lost.",
+            "route", "who", "code",
+        )  # fmt: skip
+
         # All processes.
         self.processes = _gauge(
             "processes", "Processes alive, workers counted.", "livesum", "process"

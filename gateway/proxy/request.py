@@ -78,6 +78,7 @@ class RequestHead(NamedTuple):
     request_id: bytes
     host: bytes = b""
     max_body: int = UNLIMITED
+    upgrade: bool = False  # the answer may be 101
 
     def to(self, target: Target) -> bytes:
         """The head as sent to `target`, with the empty line that ends it."""
