@@ -156,8 +156,9 @@ def _plan_table(snapshot: Snapshot) -> Table:
 def _route_table(snapshot: Snapshot) -> Table:
     table = Table("route", "match", "upstream", "cost", "charged", "in an outage", "plan")
     for route in snapshot.routes:
+        sources = {rule.meter: f" (until {rule.source} says)" for rule in route.actual}
         costs = ", ".join(
-            f"{name} {_quantity(snapshot.meters[name], units)}"
+            f"{name} {_quantity(snapshot.meters[name], units)}{sources.get(name, '')}"
             for name, units in route.costs.items()
         )
         methods = " ".join(sorted(route.methods))
@@ -222,9 +223,11 @@ def _ranges(codes: list[int]) -> list[str]:
 
 
 def _print_json(value: object) -> None:
-    def plain(item: object) -> str:
+    def plain(item: object) -> object:
         if isinstance(item, Decimal):
             return str(item)
+        if isinstance(item, frozenset):
+            return sorted(item)
         raise TypeError(f"{type(item).__name__} has no JSON form")
 
     click.echo(orjson.dumps(value, default=plain, option=orjson.OPT_INDENT_2).decode())

@@ -10,8 +10,11 @@ from core.config.catalog import MatchSpec, RouteSpec, StatusCharge
 from core.config.client import ClientSettings
 from core.config.compile import Meters, Plans, attempt, mapping
 from core.config.document import Path
+from core.config.outcome import OutcomeSpec, compile_cost
 from core.config.problems import Problems, did_you_mean, dotted
 from core.config.ruling import check_upstream, compile_rules
+from core.config.upstream_compile import statuses
+from core.config.websocket_compile import compile_websocket, refer_websocket
 from core.policy import OutageMode, Route
 
 _LONGEST_NAME = 63
@@ -98,6 +101,7 @@ def _refer(
         problems.add((*path, "upstream"), f"unknown upstream; declare it under upstreams{hint}")
     for meter in mapping(raw, "meters"):
         meters.refer((*path, "meters", meter), meter, value=False)
+    refer_websocket(path, raw, meters, problems)
     keyless = raw.get("keyless") in (True, "true")
     if keyless and plan is None:
         problems.add((*path, "plan"), "a keyless route needs a plan; name one", value=False)
@@ -152,8 +156,22 @@ def _route(
             "nowhere to keep what is admitted until it is counted; set gateway.outage.spool_dir",
         )
     costs: dict[str, int] = {}
+    actual = []
     for meter, cost in spec.meters.items() if spec.respond is None else ():
-        units = meters.scale((*path, "meters", meter), meter, cost)
+        at = (*path, "meters", meter)
+        if isinstance(cost, OutcomeSpec):
+            rule = compile_cost(at, meter, cost, meters, problems)
+            if spec.keyless:
+                problems.add(
+                    at, "nobody to charge: a keyless route has no customer; write an amount"
+                )
+            if spec.websocket is not None:
+                problems.add(at, "no answer to a WebSocket says what it costs; write an amount")
+            if rule is not None:
+                actual.append(rule)
+                costs[meter] = rule.estimate
+            continue
+        units = meters.scale(at, meter, cost)
         if units is not None:
             costs[meter] = units
     return Route(
@@ -164,6 +182,7 @@ def _route(
         host=spec.match.host or "",
         strip_prefix=prefix or "",
         costs=costs,
+        actual=tuple(actual),
         keyless=spec.keyless,
         plan=spec.plan or "",
         forward_key=spec.forward_key,
@@ -180,14 +199,9 @@ def _route(
             max_body=max_body,
             problems=problems,
         ),
+        websocket=compile_websocket(path, spec.websocket, meters),
     )
 
 
 def _charged(charge: str | StatusCharge) -> frozenset[int] | None:
-    if isinstance(charge, str):
-        return None
-    codes: set[int] = set()
-    for text in charge.status:
-        first = int(text.replace("x", "0"))
-        codes.update(range(first, first + (100 if text.endswith("xx") else 1)))
-    return frozenset(codes)
+    return None if isinstance(charge, str) else statuses(charge.status)

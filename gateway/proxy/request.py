@@ -19,8 +19,9 @@ from core.secrets import KEY_START
 from gateway.forwarded import TrustedProxies, forwarded_nodes
 from gateway.http.errors import BadRequest, PayloadTooLarge
 from gateway.http.message import Header, Request
-from gateway.proxy.headers import HOP_BY_HOP, Target, connection_tokens
+from gateway.proxy.headers import HOP_BY_HOP, connection_tokens
 from gateway.proxy.rewrite import Facts, HeaderEdits
+from gateway.proxy.target import Target
 
 _FORWARDED: Final = frozenset(
     (
@@ -47,6 +48,11 @@ _READ: Final = _FORWARDED | {
 }
 # `expect` is answered here: 100 is sent when the body is first asked for.
 _DROPPED: Final = (HOP_BY_HOP | {b"expect", b"http2-settings"}) - _READ
+
+_IDENTITY: Final = b"accept-encoding: identity\r\n"
+
+# What a client may not say after its body, where some upstreams would take it for a header.
+NOT_IN_TRAILERS: Final = _READ | _DROPPED | {b"cookie", b"x-api-key"}
 
 _KEY_START: Final = KEY_START.encode()
 
@@ -76,6 +82,7 @@ class RequestHead(NamedTuple):
     request_id: bytes
     host: bytes = b""
     max_body: int = UNLIMITED
+    upgrade: bool = False  # the answer may be 101
 
     def to(self, target: Target) -> bytes:
         """The head as sent to `target`, with the empty line that ends it."""
@@ -99,6 +106,7 @@ class RequestRules:
         drop_query: query parameters (decoded names) never forwarded.
         key_query: query parameters forwarded unless they hold a key.
         trusted: peers whose X-Forwarded-* and Forwarded fields are believed and continued.
+        identity: the upstream is asked for bodies without compression, which are read here.
         edits: fields that go and that come, as the route says.
         route: its name.
         host: sent as Host; empty is the target's, `preserve_host` the client's.
@@ -110,6 +118,7 @@ class RequestRules:
         "_dropped",
         "_edits",
         "_host",
+        "_identity",
         "_key_headers",
         "_key_query",
         "_last_host",
@@ -135,7 +144,11 @@ class RequestRules:
         host: str = "",
         preserve_host: bool = False,
         max_body: int = UNLIMITED,
+        identity: bool = False,
     ) -> None:
+        if identity:
+            drop_headers = (*drop_headers, b"accept-encoding")
+        self._identity = [_IDENTITY] if identity else []
         self._path_edit = path
         self._edits = edits
         self._route = route
@@ -169,7 +182,7 @@ class RequestRules:
                 bytes that could end a field early.
             PayloadTooLarge: it announces more of a body than the route allows.
         """
-        lines: list[bytes] = []
+        lines = self._identity.copy()
         special: list[Header] = []
         rules = self._special
         for pair in request.headers:
