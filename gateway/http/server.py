@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Final
 
 from core import clock
+from gateway.http.base import Connection
+from gateway.http.choice import FirstBytes
 from gateway.http.exchange import Exchange, Handler
 from gateway.http.h1 import ClientConnection
 from gateway.http.message import Header
+from gateway.http.tls import TlsListener, TlsSource
 
 _SWEEP_S: Final = 1.0
 _BACKLOG: Final = 2_048
@@ -27,6 +29,9 @@ WRITE_HIGH_WATER: Final = 64 * 1024
 # at the moment we close would lose it.
 _IDLE_GRACE_S: Final = 1.0
 _DRAIN_POLL_S: Final = 0.02
+
+# Handshakes of TLS at once; beyond, the oldest one is given up.
+HANDSHAKES: Final = 1_024
 
 Refuse = Callable[[int, str, str], tuple[list[Header], bytes]]
 
@@ -43,6 +48,9 @@ class Limits:
         keepalive_s: how long a connection may be idle; longer than load balancers keep theirs, or
             they would use one that we are just closing.
         connections: open at once; beyond, an idle one is closed for a new one.
+        streams: requests at once on one connection of HTTP/2.
+        stream_window, connection_window: of request bodies, what a client of HTTP/2 may send ahead
+            of their being read; this is memory.
     """
 
     head: int = 64 * 1024
@@ -51,6 +59,9 @@ class Limits:
     head_s: int = 15
     keepalive_s: int = 75
     connections: int = 65_536
+    streams: int = 128
+    stream_window: int = 256 * 1024
+    connection_window: int = 1024 * 1024
 
 
 class HttpServer:
@@ -58,7 +69,8 @@ class HttpServer:
 
     Attributes:
         tick: seconds since some start, whole; deadlines are in it.
-        date: the Date field of this second.
+        date: the Date field of this second; `date_field` is the same as a pair.
+        h2c: HTTP/2 is spoken without TLS too, with those who begin with its preface.
         draining: answers are the last on their connections.
     """
 
@@ -68,35 +80,48 @@ class HttpServer:
         *,
         limits: Limits | None = None,
         refuse: Refuse,
+        event: Callable[[str], object] | None = None,
+        h2c: bool = False,
         handshake_timeout_s: float = 10.0,
     ) -> None:
-        """`refuse` makes the answer to what is no request: of status, code and a sentence."""
+        """`refuse` makes the answer to what is no request: of status, code and a sentence.
+
+        `event` is told what connections were ended for, other than HTTP/1.1's own reasons:
+        tls_timeout, tls_refused, tls_closed, h2_protocol, h2_resets, h2_flood, h2_headers,
+        h2_continuations; and grpc, a call that was answered as unimplemented.
+        """
         self.loop = asyncio.get_running_loop()
         self.limits = limits or Limits()
         self.refuse = refuse
+        self.event = event or _unheard
+        self.h2c = h2c
         self.draining = False
         self._handler = handler
         self._handshake_timeout_s = handshake_timeout_s
-        self._servers: list[asyncio.Server] = []
-        self._connections: set[ClientConnection] = set()
+        self._servers: list[asyncio.Server | TlsListener] = []
+        self._connections: set[Connection] = set()
         self._tunnels: set[asyncio.Protocol] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._sweep()
 
     async def listen(
-        self, sock: socket.socket, tls: ssl.SSLContext | None = None, backlog: int = _BACKLOG
+        self, sock: socket.socket, tls: TlsSource | None = None, backlog: int = _BACKLOG
     ) -> None:
-        """Accept connections on a bound socket."""
-        scheme = "http" if tls is None else "https"
-        self._servers.append(
-            await self.loop.create_server(
-                lambda: ClientConnection(self, scheme),
-                sock=sock,
-                backlog=backlog,
-                ssl=tls,
-                ssl_handshake_timeout=self._handshake_timeout_s if tls is not None else None,
+        """Accept connections on a bound socket; with TLS, under whatever `tls.context` is then."""
+        if tls is not None:
+            listener = TlsListener(self, sock, tls, self._handshake_timeout_s, HANDSHAKES)
+            listener.start(backlog)
+            self._servers.append(listener)
+            return
+        if self.h2c:
+            server = await self.loop.create_server(
+                lambda: FirstBytes(self), sock=sock, backlog=backlog
             )
-        )
+        else:
+            server = await self.loop.create_server(
+                lambda: ClientConnection(self, "http"), sock=sock, backlog=backlog
+            )
+        self._servers.append(server)
 
     @property
     def connections(self) -> int:
@@ -113,6 +138,8 @@ class HttpServer:
         """Stop accepting, answer what is under way for so long, then close everything."""
         self.stop_accepting()
         self.draining = True
+        for connection in tuple(self._connections):
+            connection.leave()
         began = clock.monotonic()
         idle_until = began + min(_IDLE_GRACE_S, seconds / 2)
         while self._connections or self._tunnels:
@@ -129,7 +156,7 @@ class HttpServer:
     async def close(self) -> None:
         """Close everything at once."""
         self.stop_accepting()
-        tasks = [task for c in self._connections if (task := c.task) is not None]
+        tasks = [task for connection in self._connections for task in connection.tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -145,7 +172,7 @@ class HttpServer:
         """Run the handler on a request."""
         exchange.task = self.loop.create_task(self._handler(exchange))
 
-    def opened(self, connection: ClientConnection) -> None:
+    def opened(self, connection: Connection) -> None:
         if len(self._connections) >= self.limits.connections:
             for other in self._connections:
                 if other.idle:
@@ -155,7 +182,7 @@ class HttpServer:
                 connection.abort()
         self._connections.add(connection)
 
-    def closed(self, connection: ClientConnection) -> None:
+    def closed(self, connection: Connection) -> None:
         self._connections.discard(connection)
 
     def took_over(self, protocol: asyncio.Protocol) -> None:
@@ -168,7 +195,12 @@ class HttpServer:
     def _sweep(self) -> None:
         self._timer = self.loop.call_later(_SWEEP_S, self._sweep)
         tick = self.tick = int(self.loop.time())
-        self.date = b"date: %b\r\n" % formatdate(clock.now_ms() / 1000, usegmt=True).encode()
+        date = formatdate(clock.now_ms() / 1000, usegmt=True).encode()
+        self.date = b"date: %b\r\n" % date
+        self.date_field: Header = (b"date", date)
         for connection in tuple(self._connections):
             if 0 < connection.deadline <= tick:
                 connection.expire()
+
+
+def _unheard(_: str) -> None: ...
