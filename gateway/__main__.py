@@ -20,6 +20,7 @@ from core.config.fields import parse_address
 from core.errors import TallygateError
 from core.leave import leave
 from core.telemetry import logs
+from core.tls import build
 from gateway import worker
 from gateway.lifeline import die_with_parent
 from gateway.settings import required
@@ -41,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         snapshot = load(arguments.config)
         required(snapshot)
         listen = listen or snapshot.settings.gateway.listen
-        _check_port(listen)
+        _check_port(listen, "gateway.listen")
+        if (tls := snapshot.settings.gateway.tls) is not None:
+            build(tls)
+            _check_port(tls.listen, "gateway.tls.listen")
     except (TallygateError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -74,7 +78,7 @@ def _positive(text: str) -> int:
     return number
 
 
-def _check_port(listen: Address) -> None:
+def _check_port(listen: Address, setting: str) -> None:
     """Workers share the port, and so would two gateways: refuse that with a plain bind.
 
     Raises:
@@ -87,7 +91,7 @@ def _check_port(listen: Address) -> None:
             probe.bind((listen.host, listen.port))
         except OSError as error:
             raise TallygateError(
-                f"gateway.listen: cannot listen on {listen}: {error.strerror}; "
+                f"{setting}: cannot listen on {listen}: {error.strerror}; "
                 "choose another port or stop what uses it"
             ) from None
 

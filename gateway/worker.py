@@ -21,7 +21,7 @@ from core.config import Address, Snapshot, load
 from core.errors import TallygateError
 from core.telemetry import logs
 from gateway.app import Gateway
-from gateway.http.server import HttpServer, Limits
+from gateway.http.server import HANDSHAKES, HttpServer, Limits
 from gateway.proxy import watch
 
 _log = logs.get_logger()
@@ -64,7 +64,7 @@ async def _serve(
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLD)
-    client = snapshot.settings.gateway.client
+    client, http2 = snapshot.settings.gateway.client, snapshot.settings.gateway.http2
     watch.current().body_ticks = watch.ticks(client.body_timeout_ms / 1000)
     server = HttpServer(
         gateway,
@@ -75,8 +75,13 @@ async def _serve(
             head_s=-(-client.head_timeout_ms // 1000),
             keepalive_s=-(-client.idle_timeout_ms // 1000),
             connections=_connections(snapshot),
+            streams=http2.max_streams,
+            stream_window=http2.stream_window,
+            connection_window=http2.connection_window,
         ),
         refuse=gateway.refuse,
+        event=gateway.client_event,
+        h2c=http2.h2c,
     )
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -86,7 +91,8 @@ async def _serve(
     gateway.on_fatal = stopped.set
     try:
         if gateway.fatal is None:
-            await server.listen(_bind(listen))
+            for sock, encrypted in _sockets(listen, snapshot):
+                await server.listen(sock, gateway.tls if encrypted else None)
             if ready_fd >= 0:
                 os.write(ready_fd, b"1")
                 os.close(ready_fd)
@@ -98,6 +104,12 @@ async def _serve(
         _log.info("stopped")
     if gateway.fatal is not None:
         raise gateway.fatal
+
+
+def _sockets(listen: Address, snapshot: Snapshot) -> list[tuple[socket.socket, bool]]:
+    """What to accept on, bound; and whether TLS is spoken there."""
+    tls = snapshot.settings.gateway.tls
+    return [(_bind(listen), False), *([(_bind(tls.listen), True)] if tls is not None else [])]
 
 
 def _bind(listen: Address) -> socket.socket:
@@ -116,7 +128,8 @@ def _connections(snapshot: Snapshot) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     upstreams = sum(upstream.max_connections for upstream in snapshot.upstreams.values())
-    left = soft - upstreams - _RESERVED_FILES
+    handshakes = HANDSHAKES if snapshot.settings.gateway.tls is not None else 0
+    left = soft - upstreams - _RESERVED_FILES - handshakes
     if left < _FEW_FILES:
         _log.warning("few_files", connections=max(1, left), fix="raise the limit: ulimit -n")
     return max(1, min(_BACKPRESSURE, left))

@@ -17,7 +17,13 @@ from core import clock
 from gateway.http.errors import ExchangeError
 from gateway.http.message import NO_BODY
 from gateway.proxy.errors import BadUpstreamResponse, UpstreamClosed
-from gateway.proxy.headers import RESPONSE_SPECIAL, Target, connection_tokens
+from gateway.proxy.headers import (
+    MAX_TRAILERS,
+    RESPONSE_SPECIAL,
+    Target,
+    connection_tokens,
+    may_trail,
+)
 
 # Above this many buffered body bytes the socket is no longer read: a slow client must cost a
 # bounded amount of memory. One read under uvloop delivers up to 256,000 bytes on top of it.
@@ -79,6 +85,7 @@ class UpstreamConnection(asyncio.Protocol):
         "reusable",
         "status",
         "target",
+        "trailers",
     )
 
     def __init__(
@@ -121,6 +128,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._buffered = 0
         self.length = -1  # declared content length; -1 unknown, -2 chunked
         self.names_server = False  # there is a Server field
+        self.trailers: list[tuple[bytes, bytes]] | None = None  # fields after the body
         self._gather = False
         self._until_close = False
         self._saw_close = False
@@ -290,7 +298,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.head_done:
-            return  # trailer fields end here: RFC 9110 section 6.5.1 lets a proxy drop them
+            self._trailer(name.lower(), value)
+            return
         name = name.lower()
         if name in RESPONSE_SPECIAL:
             self._special_header(name, value)
@@ -355,6 +364,14 @@ class UpstreamConnection(asyncio.Protocol):
         elif name == b"server":
             self.names_server = True
             self.headers.append((name, value))
+
+    def _trailer(self, name: bytes, value: bytes) -> None:
+        trailers = self.trailers = self.trailers or []
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > MAX_HEAD or len(trailers) >= MAX_TRAILERS:
+            self._refuse("trailer fields without end")
+        if may_trail(name):
+            trailers.append((name, value))
 
     def _refuse(self, fault: str) -> None:
         """Stop parsing: httptools turns the exception into an HttpParserError for feed_data."""

@@ -31,6 +31,45 @@ HOP_BY_HOP: Final = frozenset(
 # Of a response: never passed on as they come, or of interest by their presence.
 RESPONSE_SPECIAL: Final = HOP_BY_HOP | {b"content-length", b"server"}
 
+# RFC 9110 section 6.5.1: what frames, routes, authenticates, modifies or describes a message has to
+# be known before its body; in a trailer it would get past whoever looked at the head.
+_NO_TRAILER: Final = HOP_BY_HOP | {
+    b"age",
+    b"authorization",
+    b"cache-control",
+    b"content-encoding",
+    b"content-length",
+    b"content-location",
+    b"content-range",
+    b"content-type",
+    b"cookie",
+    b"date",
+    b"expect",
+    b"expires",
+    b"forwarded",
+    b"host",
+    b"if-match",
+    b"if-modified-since",
+    b"if-none-match",
+    b"if-range",
+    b"if-unmodified-since",
+    b"location",
+    b"max-forwards",
+    b"pragma",
+    b"range",
+    b"retry-after",
+    b"set-cookie",
+    b"vary",
+    b"www-authenticate",
+    b"x-api-key",
+    b"x-real-ip",
+    b"x-request-id",
+}
+
+# An answer with more trailer fields than this is broken off; of a request, they are bounded as its
+# header fields are.
+MAX_TRAILERS: Final = 64
+
 # Fields that `Connection` may not remove: they carry framing and routing, so naming them would let
 # a sender change what the next hop reads.
 _NOT_REMOVABLE: Final = frozenset((b"host", b"content-length", b"content-type", b"authorization"))
@@ -67,6 +106,11 @@ def parse_target(url: str) -> Target:
     base = parts.path.rstrip("/").encode("ascii")
     check_header(b"host", authority.encode("idna" if not authority.isascii() else "ascii"))
     return Target(parts.hostname, port, authority.encode("ascii"), base)
+
+
+def may_trail(name: bytes) -> bool:
+    """Whether a field of this (lower-case) name is passed on after a body."""
+    return name not in _NO_TRAILER and not name.startswith((b"x-forwarded-", b"x-ratelimit-"))
 
 
 def connection_tokens(value: bytes) -> tuple[bytes, ...]:

@@ -22,6 +22,7 @@ from gateway.http.exchange import Exchange
 from gateway.http.message import Header
 from gateway.proxy.connection import UpstreamConnection
 from gateway.proxy.errors import BadUpstreamResponse, UpstreamClosed
+from gateway.proxy.headers import may_trail
 from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.request import RequestHead
 from gateway.proxy.watch import Flight, ticks
@@ -119,9 +120,15 @@ async def relay(
             result = await run.stream(exchange, headers, length, body)
             return result._replace(headers=headers, head_ms=head_ms)
         head_ms = run.head_ms(conn) if conn.head_at else 0.0
+        trailers = conn.trailers
         upstream_ms = run.finish()
         try:
-            exchange.respond(status, headers, body, length)
+            if trailers:
+                exchange.start(status, headers, length)
+                exchange.write(body)
+                exchange.end(trailers)
+            else:
+                exchange.respond(status, headers, body, length)
         except ValueError as exc:
             raise BadUpstreamResponse(f"unusable answer: {exc}") from exc
         return RelayResult(
@@ -226,7 +233,7 @@ class _Relay:
                 chunk = conn.take()
                 last = conn.complete  # read with the bytes: more may arrive while they are sent
             upstream_ms = self.finish()
-            exchange.end()
+            exchange.end(conn.trailers or ())
             return RelayResult(status, flight.bytes_in, sent, upstream_ms, Outcome.COMPLETE)
         except ExchangeError as error:
             return self._broken(exchange, status, sent, error)
@@ -305,7 +312,7 @@ async def _read_body(flight: Flight, length: int) -> tuple[bytes, bool]:
     body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
     if length >= 0:
         return body, complete
-    return (_framed(body) if body else b"") + (_LAST_CHUNK if complete else b""), complete
+    return (_framed(body) if body else b"") + (_last_chunk(exchange) if complete else b""), complete
 
 
 async def _send_body(flight: Flight, conn: UpstreamConnection, length: int) -> None:
@@ -332,7 +339,7 @@ async def _send_body(flight: Flight, conn: UpstreamConnection, length: int) -> N
     if conn.closed:
         return
     if length < 0:
-        conn.write(_LAST_CHUNK)
+        conn.write(_last_chunk(exchange))
     elif flight.bytes_in != length:
         # The parser frames the body, so this cannot be; if it were, the upstream must not wait.
         flight.abort(BadRequest("the body does not have the announced length"))
@@ -345,6 +352,14 @@ async def _drained(flight: Flight, conn: UpstreamConnection) -> None:
     if conn.must_drain:
         flight.await_upload()
         await conn.drain()
+
+
+def _last_chunk(exchange: Exchange) -> bytes:
+    trailers = exchange.trailers
+    if not trailers:
+        return _LAST_CHUNK
+    lines = b"".join([b"%b: %b\r\n" % pair for pair in trailers if may_trail(pair[0])])
+    return b"0\r\n%b\r\n" % lines
 
 
 def _framed(chunk: bytes) -> bytes:

@@ -173,6 +173,8 @@ class RequestRules:
                 forwarded.append((name, value))
             elif name in self._key_headers and _KEY_START not in value:
                 lines.append(b"%b: %b\r\n" % (name, value))
+        if request.body_length < 0:
+            chunked = True  # over HTTP/2 no field says so
         if named:
             lines = [line for line in lines if line.partition(b":")[0] not in named]
         if not host:
