@@ -67,7 +67,7 @@ class TlsSettings(Section):
     min_version: _Version = Field(default="1.2", description="Oldest version of TLS: 1.2 or 1.3.")
     client_ca: Annotated[str | None, BeforeValidator(empty_as_none)] = Field(
         default=None,
-        description="Authorities of clients' certificates, in PEM form; each client then needs one.",
+        description="Authorities of clients' certificates, PEM; each client then needs one.",
     )
     alpn: tuple[Literal["h2", "http/1.1"], ...] = Field(
         default=("h2", "http/1.1"),

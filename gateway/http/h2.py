@@ -75,6 +75,7 @@ class Http2Connection(Connection):
         "_blocked",
         "_client_leaving",
         "_flushing",
+        "_greeted",
         "_guard",
         "_h2",
         "_held",
@@ -107,6 +108,7 @@ class Http2Connection(Connection):
         self._tasks: set[asyncio.Task[None]] = set()
         self._held = b""
         self._preface = _PREFACE
+        self._greeted = False  # the client's settings have come
         self._in_block = False
         self._block_bytes = 0
         self._idle_since = server.tick
@@ -202,6 +204,11 @@ class Http2Connection(Connection):
             end = at + _FRAME_HEAD + length
             if end > len(data):
                 break
+            if not self._greeted:
+                if kind != guard.SETTINGS:
+                    self._h2.close_connection(ErrorCodes.PROTOCOL_ERROR)
+                    raise ProtocolError("settings come first")
+                self._greeted = True
             self._guard.frame(kind, flags, length, self._server.tick)
             if kind == guard.GOAWAY:
                 # The library would let nothing more be sent, not even what was asked for.
@@ -479,7 +486,7 @@ class Http2Connection(Connection):
         if self._lingering >= 0:
             return
         limits, tick = self._server.limits, self._server.tick
-        if self._in_block or self._preface or (self._held and not self._streams):
+        if self._in_block or not self._greeted or (self._held and not self._streams):
             self._partial_since = self._partial_since or tick
             self.deadline = self._partial_since + limits.head_s
         else:
@@ -493,7 +500,7 @@ class Http2Connection(Connection):
         self.deadline = 0
         if self._lingering >= 0:
             transport.abort()
-        elif self._in_block or self._preface or not self._streams:
+        elif self._in_block or not self._streams:
             self._shut(ErrorCodes.NO_ERROR)
         else:
             # Handlers watch over their own clients; what they have left behind is watched here.
