@@ -8,9 +8,10 @@ in the answer. Both count nothing, so asking again is free of double counting.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from core import clock
 from core.admission.program import OVERAGE, REFUSED, WARNED, Program, Verdict
 from core.admission.seeder import Seeder
 from core.errors import StoreUnavailableError
@@ -19,6 +20,7 @@ from core.period import Span, billing_period
 from core.policy import OutageMode
 from core.telemetry import logs
 from gateway.admission.batcher import Batcher
+from gateway.admission.blocked import Blocked
 from gateway.admission.charge import Charge
 from gateway.admission.leases import Held, Leases
 from gateway.admission.settler import Settler
@@ -33,6 +35,7 @@ _log = logs.get_logger()
 _MAX_TRIES = 6
 
 
+_NO_STATES: list[LimitState] = []
 _CLOSED = OutageRules(OutageMode.CLOSED, None, {})
 
 
@@ -56,11 +59,16 @@ class Admission:
     interval_months: int
     outage: OutageRules = _CLOSED
     charged: frozenset[int] | None = None
+    blocked: Blocked = field(default_factory=Blocked, compare=False)
 
 
 class Decision(NamedTuple):
     """`states`: one for each limit asked; `held` and `slots` are to be released when the request
-    ends. `charge` is there where the answer decides what is paid."""
+    ends. `charge` is there where the answer decides what is paid.
+
+    `numbers` instead of states, as Redis sent them, when no limit has anything to report: nearly
+    always, and then only one of the limits is told about.
+    """
 
     admitted: bool
     overage: bool
@@ -68,6 +76,7 @@ class Decision(NamedTuple):
     held: Held | None
     charge: Charge | None = None
     slots: Slots | None = None
+    numbers: Sequence[int] = ()
 
 
 class Limiter:
@@ -98,12 +107,40 @@ class Limiter:
         Raises:
             StoreUnavailableError: no decision could be had; nothing may be served.
         """
+        batcher = self._batcher
+        program = admission.program
+        if admission.blocked and (refusal := admission.blocked.find(subscription.id)) is not None:
+            return self._decision(admission, refusal, (), request_id, subscription.id)
         try:
+            if program.lease_limits:
+                return await self._ask_redis(admission, subscription, request_id)
+            # What `_ask_redis` does, once and without its layers: nearly every request ends here.
+            now_ms = batcher.redis_now_ms()
+            if (
+                not subscription.period_start_ms <= now_ms < subscription.period_end_ms
+                or subscription.period_months != admission.interval_months
+            ):
+                self._set_period(admission, subscription, now_ms)
+            keys = (self._keyspace.state(subscription.id),)
+            asked = clock.monotonic()
+            numbers = await batcher.submit(
+                program,
+                keys,
+                subscription.period_start_ms,
+                subscription.period_end_ms,
+                request_id,
+                subscription.id,
+            )
+            if numbers[1] == Verdict.ADMIT:
+                return self._decision(admission, numbers, keys, request_id, subscription.id)
+            if numbers[1] == Verdict.REJECT:
+                self._remember(admission, subscription.id, numbers, asked)
+                return self._decision(admission, numbers, keys, request_id, subscription.id)
             return await self._ask_redis(admission, subscription, request_id)
         except StoreUnavailableError as error:
             if admission.outage.mode is OutageMode.CLOSED:
                 raise
-            now_ms = self._batcher.redis_now_ms()
+            now_ms = batcher.redis_now_ms()
             span = billing_period(subscription.anchor_ms, admission.interval_months, now_ms)
             return await self._without_redis(admission, subscription.id, span, now_ms, error)
 
@@ -115,6 +152,7 @@ class Limiter:
         keys = self._keys(subscription.id, program)
         for _ in range(_MAX_TRIES):
             now_ms = batcher.redis_now_ms()
+            asked = clock.monotonic()
             # The interval is part of what is cached: under a configuration that changed it, an
             # older request may still be under way.
             if (
@@ -132,6 +170,8 @@ class Limiter:
             )
             status = numbers[1]
             if status <= Verdict.REJECT:
+                if status == Verdict.REJECT:
+                    self._remember(admission, subscription.id, numbers, asked)
                 return self._decision(admission, numbers, keys, request_id, subscription.id)
             if status in (Verdict.COLD, Verdict.UNVERIFIED):
                 await self._seeder.seed(
@@ -162,14 +202,25 @@ class Limiter:
     async def _ask_redis_anonymous(
         self, admission: Admission, subject: str, request_id: str
     ) -> Decision:
+        if admission.blocked and (refusal := admission.blocked.find(subject)) is not None:
+            return self._decision(admission, refusal, (), request_id, subject)
         keys = self._keys(subject, admission.program)
         for _ in range(_MAX_TRIES):
+            asked = clock.monotonic()
             numbers = await self._ask(admission.program, keys, 0, 0, request_id, subject)
             if numbers[1] <= Verdict.REJECT:
+                if numbers[1] == Verdict.REJECT:
+                    self._remember(admission, subject, numbers, asked)
                 return self._decision(admission, numbers, keys, request_id, subject)
             if numbers[1] != Verdict.STALE:
                 raise _undecided(numbers[1], subject)
         raise StoreUnavailableError("the calendar kept changing; no decision was reached")
+
+    @staticmethod
+    def _remember(admission: Admission, subject: str, numbers: Sequence[int], asked: float) -> None:
+        # Where answers decide what is paid, quota comes back at any time.
+        if not admission.program.reserve_ms:
+            admission.blocked.remember(subject, numbers, admission.policies, asked)
 
     async def _without_redis(
         self,
@@ -241,10 +292,13 @@ class Limiter:
         request_id: str,
         subject: str,
     ) -> Decision:
+        program = admission.program
+        plain = numbers[1] == Verdict.ADMIT and not any(numbers[2::3])
+        if plain and not program.lease_limits and not program.reserve_ms:
+            return Decision(True, False, _NO_STATES, None, None, None, numbers)
         states, any_overage = self._states(admission, numbers)
         if numbers[1] != Verdict.ADMIT:
             return Decision(False, any_overage, states, None)
-        program = admission.program
         held = charge = None
         if program.lease_limits:
             held = self._leases.hold(request_id, keys[1:], program.lease_ms)
