@@ -67,9 +67,7 @@ async def serving(
     def event(kind: str) -> None:
         seen[kind] += 1
 
-    server = HttpServer(
-        handler, limits=limits, refuse=refuse, event=event, h2c=tls is None, **more
-    )
+    server = HttpServer(handler, limits=limits, refuse=refuse, event=event, h2c=tls is None, **more)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     await server.listen(sock, tls)

@@ -45,13 +45,15 @@ class Keep:
 @on_uvloop
 async def test_a_request_as_a_handler_sees_it() -> None:
     keep = Keep()
-    async with serving(keep) as at:
-        async with httpx.AsyncClient(http1=False, http2=True, trust_env=False) as http:
-            answer = await http.post(
-                f"http://127.0.0.1:{at.port}/a%2Fb/c?x=1&y=%20",
-                headers=[("x-a", "1"), ("x-a", "2"), ("cookie", "a=1"), ("cookie", "b=2")],
-                content=b"body",
-            )
+    async with (
+        serving(keep) as at,
+        httpx.AsyncClient(http1=False, http2=True, trust_env=False) as http,
+    ):
+        answer = await http.post(
+            f"http://127.0.0.1:{at.port}/a%2Fb/c?x=1&y=%20",
+            headers=[("x-a", "1"), ("x-a", "2"), ("cookie", "a=1"), ("cookie", "b=2")],
+            content=b"body",
+        )
     exchange, body = keep.seen[0]
     request = exchange.request
     assert (answer.http_version, answer.status_code, answer.text) == ("HTTP/2", 200, "ok")
@@ -81,9 +83,7 @@ async def test_a_body_without_length_and_its_trailers() -> None:
 
 def changed(**fields: str | None) -> Fields:
     """A good block with other pseudo-header fields, or without (None)."""
-    pairs = {name: value for name, value in GOOD} | {
-        f":{name}": value for name, value in fields.items()
-    }
+    pairs = dict(GOOD) | {f":{name}": value for name, value in fields.items()}
     return [(name, value) for name, value in pairs.items() if value is not None]
 
 
