@@ -99,6 +99,7 @@ class HttpServer:
         self._handler = handler
         self._handshake_timeout_s = handshake_timeout_s
         self._servers: list[asyncio.Server | TlsListener] = []
+        self._listeners: list[TlsListener] = []  # also those that are closed: of their handshakes
         self._connections: set[Connection] = set()
         self._tunnels: set[asyncio.Protocol] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -112,6 +113,7 @@ class HttpServer:
             listener = TlsListener(self, sock, tls, self._handshake_timeout_s, HANDSHAKES)
             listener.start(backlog)
             self._servers.append(listener)
+            self._listeners.append(listener)
             return
         if self.h2c:
             server = await self.loop.create_server(
@@ -142,8 +144,12 @@ class HttpServer:
             connection.leave()
         began = clock.monotonic()
         idle_until = began + min(_IDLE_GRACE_S, seconds / 2)
-        while self._connections or self._tunnels:
+        while True:
             now = clock.monotonic()
+            # What is about to be a connection has its time as idle ones have.
+            shaking = now < idle_until and any(tls.handshakes for tls in self._listeners)
+            if not (self._connections or self._tunnels or shaking):
+                break
             if now >= began + seconds:
                 break
             if now >= idle_until:
@@ -156,6 +162,8 @@ class HttpServer:
     async def close(self) -> None:
         """Close everything at once."""
         self.stop_accepting()
+        for listener in self._listeners:
+            await listener.cancel()
         tasks = [task for connection in self._connections for task in connection.tasks]
         for task in tasks:
             task.cancel()

@@ -67,6 +67,13 @@ class TlsListener:
             self._loop.remove_reader(self._sock)
             self._sock.close()
 
+    async def cancel(self) -> None:
+        """Give up the handshakes under way."""
+        tasks = tuple(self._handshakes)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     @property
     def handshakes(self) -> int:
         """Those under way."""
