@@ -30,6 +30,7 @@ from core.policy import (
     Route,
     SlidingWindow,
 )
+from core.rules import UNLIMITED, HeaderRules, RouteRules
 
 # The name of each compiled form, as the scripts and the metrics call it.
 ALGORITHMS: Mapping[type, str] = {
@@ -98,6 +99,7 @@ def compiled_json(snapshot: Snapshot) -> dict[str, Any]:
                 **dataclasses.asdict(route),
                 "methods": sorted(route.methods),
                 "charged": None if route.charged is None else sorted(route.charged),
+                "rules": _rules_json(route.rules),
             }
             for route in snapshot.routes
         ],
@@ -167,16 +169,46 @@ def _route_table(snapshot: Snapshot) -> Table:
             route.name,
             # a path may hold what rich takes for markup
             Text(" ".join(part for part in (methods, route.host + route.path) if part)),
-            route.upstream,
+            route.upstream or f"(answers {route.rules.answer.status if route.rules.answer else 0})",
             costs or "free",
             _charge(route),
             str(route.outage),
-            route.plan if route.keyless else "(the key's)",
+            _plan_of(route),
         )
     return table
 
 
+def _plan_of(route: Route) -> str:
+    if not route.upstream:
+        return ""
+    return route.plan if route.keyless else "(the key's)"
+
+
+def _rules_json(rules: RouteRules) -> dict[str, Any]:
+    """Of header fields the names alone: a value may be the upstream's credential."""
+
+    def changed(headers: HeaderRules | None) -> dict[str, list[str]] | None:
+        if headers is None:
+            return None
+        written = [name for name, _ in headers.fields]
+        return {"written": written, "removed": sorted(headers.dropped - set(written))}
+
+    return {
+        "request_headers": changed(rules.request),
+        "response_headers": changed(rules.response),
+        "add_prefix": rules.add_prefix,
+        "rewrite": rules.rewrite and dataclasses.asdict(rules.rewrite),
+        "host": "preserve" if rules.preserve_host else rules.host,
+        "cors": rules.cors and dataclasses.asdict(rules.cors),
+        "respond": rules.answer and rules.answer.status,
+        "max_body": None if rules.max_body == UNLIMITED else rules.max_body,
+        "encoded_slash": rules.encoded_slash,
+    }
+
+
 def _charge(route: Route) -> str:
+    if not route.upstream:
+        return "never"
     if not route.reserve:
         return "on admission"
     if route.charged is None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
 
+from core.rules import NO_RULES, RouteRules
+
 # Lua numbers are doubles: integers are exact up to here, and every product that a script forms
 # is checked against it when the config is loaded.
 MAX_EXACT = 2**53 - 1
@@ -241,7 +243,7 @@ class Route:
 
     name: str
     path: str
-    upstream: str
+    upstream: str  # empty where `rules.answer` answers
     methods: frozenset[str] = frozenset()
     host: str = ""
     strip_prefix: str = ""
@@ -252,3 +254,4 @@ class Route:
     reserve: bool = False
     charged: frozenset[int] | None = None
     outage: OutageMode = OutageMode.CLOSED
+    rules: RouteRules = NO_RULES

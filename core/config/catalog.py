@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -40,6 +41,7 @@ from core.config.fields import (
     duration,
     preset,
 )
+from core.config.rules import RuleKeys
 from core.config.units import UnitError
 from core.policy import REQUESTS, Action, Aggregation, PeriodKind, Status
 
@@ -280,14 +282,20 @@ ChargeRule = Annotated[
 ]
 
 
-class RouteSpec(Section):
+class RouteSpec(RuleKeys):
     """What a request matches and what then happens to it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["upstream"]}, {"required": ["respond"]}]}
+    )
 
     name: Name | None = Field(
         default=None, description="Name in metrics and logs; derived from the path by default."
     )
     match: MatchSpec = Field(description="What a request must look like.")
-    upstream: str = Field(description="Name of the upstream that answers.")
+    upstream: str | None = Field(
+        default=None, description="Name of the upstream that answers; or write respond."
+    )
     strip_prefix: Prefix | None = Field(
         default=None, description="Taken off the path before the upstream sees it."
     )

@@ -26,6 +26,8 @@ _METHOD = re.compile(r"^[A-Z][A-Z-]{1,31}$")
 _HEADER = re.compile(r"^[a-z0-9!#$%&'*+.^_`|~-]{1,64}$")
 _STATUS = re.compile(r"^[2-5](xx|[0-9][0-9])$")
 _PATH = re.compile(r"^/[^\s?#*]*$")
+# What a request's path is matched against is decoded and in normal form, so a route's is, too.
+_NOT_NORMAL = re.compile(r"[%;\\\x00-\x1f\x7f]|//|/\.{1,2}(?:/|$)")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -238,13 +240,19 @@ def parse_path(value: object) -> str:
     """
     if isinstance(value, str):
         stem = value.removesuffix("*") if value.endswith("/*") else value
-        if _PATH.fullmatch(stem) and "//" not in stem and not {".", ".."} & set(stem.split("/")):
+        if re.search(r"[%;\\]", stem):
+            raise UnitError(value, "not in normal form; write it decoded, without %, ; and \\")
+        if _PATH.fullmatch(stem) and not _NOT_NORMAL.search(stem):
             return value
     raise UnitError(value, "not a path; write /exact, or /prefix/* for everything below it")
 
 
 def _parse_prefix(value: object) -> str:
     if isinstance(value, str) and _PATH.fullmatch(value) and not value.endswith("/"):
+        if _NOT_NORMAL.search(value):
+            raise UnitError(
+                value, "not in normal form; write it decoded, without %, ;, \\, // and dots"
+            )
         return value
     raise UnitError(value, "not a prefix; write /name, without / at the end")
 

@@ -50,7 +50,10 @@ def dotted(path: Path) -> str:
 
 def _secret(path: Path) -> bool:
     # Also above the path: `redis: redis://:password@host` puts the URL one level too high.
-    return any(path[: len(hidden)] == hidden[: len(path)] for hidden in _SECRET_PATHS)
+    # A value that goes upstream may be the upstream's own credential.
+    return "request_headers" in path or any(
+        path[: len(hidden)] == hidden[: len(path)] for hidden in _SECRET_PATHS
+    )
 
 
 class Problems:

@@ -70,7 +70,8 @@ class Metrics:
         self.requests = _counter(
             "requests_total",
             "Requests answered, by outcome: admitted, overage, limited (429), unauthorized (401), "
-            "payment (402), forbidden (403), unrouted (404, 405), bad_request (400, 408 of ours), "
+            "payment (402), forbidden (403), unrouted (404, 405), bad_request (400, 408, "
+            "413 of ours), static (answered by the route itself), preflight (CORS), "
             "outage (503: no decision), upstream_error (502, 503, 504 of ours), client_gone, "
             "shutdown (cut off after the drain time), error (500 of ours).",
             "route", "plan", "outcome",

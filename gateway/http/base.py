@@ -25,6 +25,10 @@ class Connection(asyncio.Protocol):
         """The handlers of the requests that are being answered."""
 
     @abstractmethod
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 once it is closed."""
+
+    @abstractmethod
     def leave(self) -> None:
         """The server drains: the client should send its next requests elsewhere."""
 
@@ -39,3 +43,9 @@ class Connection(asyncio.Protocol):
     @abstractmethod
     def expire(self) -> None:
         """The deadline has passed."""
+
+
+def descriptor(transport: asyncio.Transport | None) -> int:
+    """That of a transport's socket; -1 without one."""
+    sock = None if transport is None else transport.get_extra_info("socket")
+    return -1 if sock is None else int(sock.fileno())

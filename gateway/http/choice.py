@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, cast
 
-from gateway.http.base import Connection
+from gateway.http.base import Connection, descriptor
 from gateway.http.h1 import ClientConnection
 from gateway.http.h2 import Http2Connection
 
@@ -45,7 +45,7 @@ class FirstBytes(Connection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self.deadline = self._server.tick + self._server.limits.head_s
+        self.deadline = self._server.tick + self._server.limits.keepalive_s
         self._server.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -58,6 +58,8 @@ class FirstBytes(Connection):
             return
         seen = self._seen = self._seen + data
         if len(seen) < len(_SIGN) and _SIGN.startswith(seen):
+            if seen == data:
+                self.deadline = self._server.tick + self._server.limits.head_s
             return
         self._server.closed(self)
         self._transport = None
@@ -73,6 +75,9 @@ class FirstBytes(Connection):
     @property
     def tasks(self) -> Iterable[asyncio.Task[None]]:
         return ()
+
+    def fileno(self) -> int:
+        return descriptor(self._transport)
 
     def leave(self) -> None:
         """Nothing to do: nothing was asked yet."""

@@ -21,7 +21,7 @@ from httptools import (
     HttpRequestParser,
 )
 
-from gateway.http.base import Connection
+from gateway.http.base import Connection, descriptor
 from gateway.http.body import Body
 from gateway.http.errors import BadRequest, ClientDisconnected
 from gateway.http.exchange import Exchange
@@ -122,7 +122,8 @@ class ClientConnection(Connection):
         peer = transport.get_extra_info("peername")
         self.peer = peer[0] if isinstance(peer, tuple) else ""
         self.parser = HttpRequestParser(self)
-        self.deadline = self._server.tick + self._server.limits.head_s
+        # Load balancers open connections ahead of their use: silence is idleness, no slow head.
+        self.deadline = self._server.tick + self._server.limits.keepalive_s
         self._server.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -368,7 +369,8 @@ class ClientConnection(Connection):
         """The answer of the active exchange is written."""
         if self._active is not exchange or self._transport is None:
             return
-        if self._close or not exchange.body_complete or self._server.draining:
+        # While draining, an answer that began before did not say that it is the last one.
+        if self._close or not exchange.body_complete:
             self.close()
             return
         self._active = None
@@ -440,6 +442,9 @@ class ClientConnection(Connection):
 
     def leave(self) -> None:
         """Nothing to do: the next answer says that it is the last."""
+
+    def fileno(self) -> int:
+        return descriptor(self._transport)
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -539,6 +544,7 @@ class Http1Exchange(Exchange):
             head += conn.server.date
         if conn.closing or (self.body is not None and not self.body.complete):
             head += b"connection: close\r\n"
+            conn.close_after()
         elif self.says_keep_alive:
             head += b"connection: keep-alive\r\n"
         return b"%b%b\r\n" % (head, framing)

@@ -22,7 +22,7 @@ from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 
 from gateway.http import h2_guard as guard
-from gateway.http.base import Connection
+from gateway.http.base import Connection, descriptor
 from gateway.http.body import Body
 from gateway.http.errors import BadRequest
 from gateway.http.h2_exchange import Http2Exchange
@@ -441,6 +441,9 @@ class Http2Connection(Connection):
     @property
     def tasks(self) -> Iterable[asyncio.Task[None]]:
         return tuple(self._tasks)
+
+    def fileno(self) -> int:
+        return descriptor(self._transport)
 
     def leave(self) -> None:
         """What is on its way here is still served; see RFC 9113 section 6.8."""

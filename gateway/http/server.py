@@ -7,8 +7,9 @@ of its own, and a request none at all.
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Final
@@ -16,7 +17,7 @@ from typing import Final
 from core import clock
 from gateway.http.base import Connection
 from gateway.http.choice import FirstBytes
-from gateway.http.exchange import Exchange, Handler
+from gateway.http.exchange import Exchange, Handler, Tunnel
 from gateway.http.h1 import ClientConnection
 from gateway.http.message import Header
 from gateway.http.tls import TlsListener, TlsSource
@@ -28,7 +29,9 @@ WRITE_HIGH_WATER: Final = 64 * 1024
 # While draining, how long an idle connection may still bring one more request: a client that sends
 # at the moment we close would lose it.
 _IDLE_GRACE_S: Final = 1.0
-_DRAIN_POLL_S: Final = 0.02
+_DRAIN_POLL_S: Final = 0.05
+# How long tunnels may take to end once they were told to.
+_GOODBYE_S: Final = 1.0
 
 # Handshakes of TLS at once; beyond, the oldest one is given up.
 HANDSHAKES: Final = 1_024
@@ -142,22 +145,33 @@ class HttpServer:
         self.draining = True
         for connection in tuple(self._connections):
             connection.leave()
-        began = clock.monotonic()
-        idle_until = began + min(_IDLE_GRACE_S, seconds / 2)
-        while True:
-            now = clock.monotonic()
-            # What is about to be a connection has its time as idle ones have.
-            shaking = now < idle_until and any(tls.handshakes for tls in self._listeners)
-            if not (self._connections or self._tunnels or shaking):
-                break
-            if now >= began + seconds:
-                break
-            if now >= idle_until:
-                for connection in tuple(self._connections):
-                    if connection.idle:
-                        connection.close()
+        now = clock.monotonic()
+        end, grace = now + seconds, min(_IDLE_GRACE_S, seconds / 2)
+        idle_since: dict[Connection, float] = {}
+        while self._left and now < end:
+            idle = [connection for connection in self._connections if connection.idle]
+            idle_since = {connection: idle_since.get(connection, now) for connection in idle}
+            for connection in _silent(c for c, since in idle_since.items() if since + grace <= now):
+                connection.close()
             await asyncio.sleep(_DRAIN_POLL_S)
+            now = clock.monotonic()
+        await self._end_tunnels()
         await self.close()
+
+    @property
+    def _left(self) -> bool:
+        """There is somebody to be served, or about to be there: in the middle of a handshake."""
+        handshakes = any(listener.handshakes for listener in self._listeners)
+        return bool(self._connections or self._tunnels or handshakes)
+
+    async def _end_tunnels(self) -> None:
+        """Each says goodbye in its own protocol, and has a moment to be heard."""
+        for tunnel in tuple(self._tunnels):
+            if isinstance(tunnel, Tunnel):
+                tunnel.going_away()
+        end = clock.monotonic() + _GOODBYE_S
+        while self._tunnels and clock.monotonic() < end:  # noqa: ASYNC110 - rare
+            await asyncio.sleep(_DRAIN_POLL_S)
 
     async def close(self) -> None:
         """Close everything at once."""
@@ -212,3 +226,14 @@ class HttpServer:
 
 
 def _unheard(_: str) -> None: ...
+
+
+def _silent(connections: Iterable[Connection]) -> list[Connection]:
+    """Those of which nothing waits to be read: closed now, a request would be lost."""
+    found = {connection.fileno(): connection for connection in connections}
+    poll = select.poll()
+    for fd in found:
+        if fd >= 0:
+            poll.register(fd, select.POLLIN)
+    unread = {fd for fd, _ in poll.poll(0)}
+    return [connection for fd, connection in found.items() if fd not in unread]

@@ -17,7 +17,12 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from core import clock
-from gateway.http.errors import BadRequest, ClientDisconnected, ExchangeError
+from gateway.http.errors import (
+    BadRequest,
+    ClientDisconnected,
+    ExchangeError,
+    PayloadTooLarge,
+)
 from gateway.http.exchange import Exchange
 from gateway.http.message import Header
 from gateway.proxy.connection import UpstreamConnection
@@ -180,7 +185,7 @@ class _Relay(Flight):
         body = b""
         length = self._head.body_length
         if length:
-            body, complete = await _read_body(self, length)
+            body, complete = await _read_body(self, length, self._head.max_body)
             if complete:
                 length = 0
         conn = self._pool.get_idle()
@@ -217,7 +222,7 @@ class _Relay(Flight):
         conn.begin(head.to(conn.target) + body, head.method == b"HEAD")
         if length:
             self.body_sent = False
-            self._pump = asyncio.create_task(_send_body(self, conn, length))
+            self._pump = asyncio.create_task(_send_body(self, conn, length, head.max_body))
         else:
             self.await_upstream()
         await conn.wait()
@@ -299,7 +304,7 @@ class _Relay(Flight):
         return (clock.monotonic() - self.began) * 1000
 
 
-async def _read_body(flight: Flight, length: int) -> tuple[bytes, bool]:
+async def _read_body(flight: Flight, length: int, most: int) -> tuple[bytes, bool]:
     """The body, or the first `INLINE_BODY` bytes or more of it, framed as it is sent; and whether
     that was all.
 
@@ -307,6 +312,7 @@ async def _read_body(flight: Flight, length: int) -> tuple[bytes, bool]:
         RequestTimeout: it stopped arriving.
         ClientDisconnected: the client went away before its end.
         BadRequest: it is not framed as it should be.
+        PayloadTooLarge: it is longer than `most` bytes.
     """
     exchange = flight.exchange
     flight.blocked = task = asyncio.current_task()
@@ -321,6 +327,8 @@ async def _read_body(flight: Flight, length: int) -> tuple[bytes, bool]:
                 break
             chunks.append(chunk)
             flight.bytes_in += len(chunk)
+            if flight.bytes_in > most:
+                raise PayloadTooLarge(f"a body of more than {most} bytes")
             if flight.bytes_in == length:
                 complete = True
                 break
@@ -338,10 +346,11 @@ async def _read_body(flight: Flight, length: int) -> tuple[bytes, bool]:
     return (_framed(body) if body else b"") + (_last_chunk(exchange) if complete else b""), complete
 
 
-async def _send_body(flight: Flight, conn: UpstreamConnection, length: int) -> None:
+async def _send_body(flight: Flight, conn: UpstreamConnection, length: int, most: int) -> None:
     """Pump the rest of the request body, at the slower one's pace; `length` is -1 for chunked.
 
-    Ends without error when the connection is closed: the relay learns it from the connection.
+    What goes over `most` bytes is not sent, and ends the relay. Ends without error when the
+    connection is closed: the relay learns it from the connection.
     """
     exchange = flight.exchange
     await _drained(flight, conn)
@@ -355,6 +364,9 @@ async def _send_body(flight: Flight, conn: UpstreamConnection, length: int) -> N
         if not chunk:
             break
         flight.bytes_in += len(chunk)
+        if flight.bytes_in > most:
+            flight.abort(PayloadTooLarge(f"a body of more than {most} bytes"))
+            return
         conn.write(chunk if length >= 0 else _framed(chunk))
         await _drained(flight, conn)
         if flight.bytes_in == length:

@@ -6,6 +6,7 @@
     GET /-/seen          JSON: `served` and `peak` (most at once) by X-Who and path, `in_flight`
     GET /-/release       answers everything that is held
     GET /…/named         names itself in the Server field
+    GET /…/opened        has CORS fields of its own
     *   /…/status?code=N answers with this status
     *   anything else    200, a few bytes
 
@@ -28,6 +29,11 @@ import httptools
 import uvloop
 
 _OK = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 3\r\n\r\nok\n"
+
+_CORS = (
+    b"\r\naccess-control-allow-origin: *\r\naccess-control-expose-headers: x-own\r\n"
+    b"x-own: 1\r\nx-powered-by: upstream\r\nvary: accept\r\n"
+)
 
 served: Counter[str] = Counter()
 now: Counter[str] = Counter()
@@ -85,6 +91,8 @@ class Upstream(asyncio.Protocol):
             self._later(name, asyncio.ensure_future(asyncio.sleep(delay)))
         elif path.endswith("/named"):
             self.transport.write(_OK.replace(b"\r\n", b"\r\nserver: upstream\r\n", 1))
+        elif path.endswith("/opened"):
+            self.transport.write(_OK.replace(b"\r\n", _CORS, 1))
         elif path.endswith("/echo"):
             self._json({"path": path, "query": query, "headers": self.headers})
         elif code != 200:

@@ -10,7 +10,8 @@ from gateway.forwarded import TrustedProxies
 from gateway.http.errors import BadRequest
 from gateway.http.message import Request
 from gateway.proxy.headers import check_headers, connection_tokens, parse_target
-from gateway.proxy.request import RequestRules, drop_parameters, strip_prefix
+from gateway.proxy.request import RequestRules, drop_parameters
+from gateway.proxy.rewrite import strip_prefix
 
 
 def request(
