@@ -160,8 +160,9 @@ def _plan_table(snapshot: Snapshot) -> Table:
 def _route_table(snapshot: Snapshot) -> Table:
     table = Table("route", "match", "upstream", "cost", "charged", "in an outage", "plan")
     for route in snapshot.routes:
+        sources = {rule.meter: f" (until {rule.source} says)" for rule in route.actual}
         costs = ", ".join(
-            f"{name} {_quantity(snapshot.meters[name], units)}"
+            f"{name} {_quantity(snapshot.meters[name], units)}{sources.get(name, '')}"
             for name, units in route.costs.items()
         )
         methods = " ".join(sorted(route.methods))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
 
+from core.cost import ActualCost
 from core.rules import NO_RULES, RouteRules
 
 # Lua numbers are doubles: integers are exact up to here, and every product that a script forms
@@ -238,7 +239,8 @@ class Route:
     `host` empty means every host. `costs` maps meter name to units (scaled) charged a request.
     `plan` is set on keyless routes only (`keyless`), and names the plan of each client address.
     `reserve` makes the charge wait for its answer, and `charged` then says which statuses are paid
-    for; None means whatever the upstream answers.
+    for; None means whatever the upstream answers. Of `actual` meters the cost is an estimate, which
+    the answer corrects.
     """
 
     name: str
@@ -253,5 +255,6 @@ class Route:
     forward_key: bool = False
     reserve: bool = False
     charged: frozenset[int] | None = None
+    actual: tuple[ActualCost, ...] = ()
     outage: OutageMode = OutageMode.CLOSED
     rules: RouteRules = NO_RULES

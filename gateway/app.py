@@ -33,6 +33,7 @@ from gateway.answers import problems
 from gateway.answers.headers import SERVER
 from gateway.auth import Authenticator, KeyCache, KeyExtractor, KeyLoader
 from gateway.certificates import Certificates
+from gateway.cost.report import CostReport
 from gateway.http.exchange import Exchange
 from gateway.http.message import Header
 from gateway.outage import entries, open_journal
@@ -144,6 +145,12 @@ class Gateway:
         def run() -> str | None:
             return self._batcher.connected_run
 
+        outage = Outage(
+            self._journal,
+            lambda: self._meters,
+            lambda mode: self.metrics.outage_admitted.labels(mode).inc(),
+            self._journalled,
+        )
         settlement = Settlement(self._store, self._seeder, self._keyspace)
         self._settler = Settler(
             settlement,
@@ -151,6 +158,7 @@ class Gateway:
             timeout_s=settings.redis.timeout_ms / 1000,
             on_settled=lambda kind, count: self.metrics.settlements.labels(kind).inc(count),
             redis_now_ms=self._batcher.redis_now_ms,
+            spill=lambda operation: outage.note(entries.settled(operation)),
         )
         self._replay = Replay(
             self._journal,
@@ -168,13 +176,9 @@ class Gateway:
             self._leases,
             self._keyspace,
             self._settler,
-            Outage(
-                self._journal,
-                lambda: self._meters,
-                lambda mode: self.metrics.outage_admitted.labels(mode).inc(),
-                self._replay.wake,
-            ),
+            outage,
             on_event=self.local.limit_events.inc,
+            costs=CostReport(self.local.costs_settled, self.local.cost_units),
         )
         self._respond = self._responder(self.runtime)
         self.local.start(loop)
@@ -280,6 +284,9 @@ class Gateway:
             )
         else:
             self._replay.wake()
+
+    def _journalled(self) -> None:
+        self._replay.wake()
 
     def _spool_event(self, event: str, amount: int) -> None:
         self.metrics.spool_trouble.labels(event).inc(amount)

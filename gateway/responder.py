@@ -23,6 +23,7 @@ from gateway.answers.problems import Problem
 from gateway.auth import Authenticator
 from gateway.auth import Outcome as Auth
 from gateway.auth.keycache import Subscription
+from gateway.cost.report import described
 from gateway.forwarded import client_group
 from gateway.http.errors import (
     BadRequest,
@@ -108,6 +109,7 @@ class Responder:
             if not decision.admitted:
                 raise self._limited(decision, limit_headers, own_id, request_id)
             limit_headers.append((b"x-request-id", request_id.encode()))
+            charge = decision.charge
             if route.alters_answers:
                 limit_headers += self._added(route, request, request_id, plan_name, subject)
             started = clock.monotonic()
@@ -118,7 +120,8 @@ class Responder:
                 extra_response_headers=limit_headers,
                 drop_response_headers=route.drop_response_headers,
                 default_server=route.default_server,
-                before_start=decision.charge.answered if decision.charge is not None else None,
+                before_start=charge.answered if charge is not None else None,
+                tap=charge.tap(request_id) if charge is not None else None,
             )
             outcome = self._relayed(result, route, decision)
         except Direct as direct:
@@ -179,6 +182,7 @@ class Responder:
                     subject=subject,
                     plan=plan_name,
                     outcome=outcome,
+                    **_costs(decision),
                 )
 
     # Steps
@@ -334,6 +338,13 @@ def _client_error(
     if isinstance(error, RequestTimeout):
         return problems.request_timeout(request_id=request_id)
     return problems.bad_request(str(error), request_id=request_id)
+
+
+def _costs(decision: Decision | None) -> dict[str, list[dict[str, str]]]:
+    """What the answer decided of the cost, for the access log."""
+    if decision is None or decision.charge is None or not decision.charge.costs:
+        return {}
+    return {"costs": [described(cost) for cost in decision.charge.costs]}
 
 
 def _decision_id(own_id: str) -> str:

@@ -22,6 +22,7 @@ from gateway.answers.cors import CorsRules
 from gateway.answers.headers import SERVER, Headers, PlanHeaders
 from gateway.answers.verdict import policy_of
 from gateway.auth.extract import Source
+from gateway.cost.charge import CostOnRoute, kept_at_head
 from gateway.forwarded import TrustedProxies
 from gateway.http.message import Header
 from gateway.outage.decide import OutageRules
@@ -122,6 +123,7 @@ class RouteRuntime:
             drop_query=() if route.keyless else query,
             key_query=query if route.keyless else (),
             trusted=self._trusted,
+            identity=any(rule.json or rule.sse for rule in route.actual),
             edits=self._edits,
             route=route.name,
             host=route.rules.host,
@@ -195,7 +197,7 @@ class Runtime:
                 program.limits, program.costs, self.snapshot.meters, self._processes
             )
         caps = {name: cap for name in program.costs if (cap := cap_of(plan, name)) is not None}
-        return OutageRules(route.outage, local, caps)
+        return OutageRules(route.outage, local, caps, route.reserve)
 
     def _route(
         self, route: Route, calendars: CalendarUse, headers: Mapping[str, PlanHeaders]
@@ -204,6 +206,9 @@ class Runtime:
         key = snapshot.settings.gateway.key
         if route.rules.answer is not None:
             return StaticRoute(route, route.rules.answer, key)
+        waits = route.reserve or bool(route.actual)
+        reserve_ms = snapshot.settings.gateway.reservation_ms if waits else 0
+        keep = None if route.reserve or not route.actual else kept_at_head(route)
         plans = {}
         for name, plan in snapshot.plans.items():
             if route.keyless and name != route.plan:
@@ -214,7 +219,9 @@ class Runtime:
                 snapshot.meters,
                 calendars,
                 durable=not route.keyless,
-                reserve_ms=snapshot.settings.gateway.reservation_ms if route.reserve else 0,
+                reserve_ms=reserve_ms,
+                keep=keep,
+                corrected=[rule.meter for rule in route.actual],
             )
             policies = tuple(policy_of(limit, snapshot.meters) for limit in program.limits)
             admission = Admission(
@@ -223,6 +230,7 @@ class Runtime:
                 plan.interval_months,
                 self._outage(route, plan, program),
                 route.charged,
+                CostOnRoute(route, program.watch, program.watch_calendar) if route.actual else None,
             )
             plans[name] = PlanOnRoute(plan, admission, headers[name], headers[name].plain(policies))
         pool = self.pools[snapshot.upstreams[route.upstream]]

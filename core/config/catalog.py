@@ -41,6 +41,7 @@ from core.config.fields import (
     duration,
     preset,
 )
+from core.config.outcome import OutcomeSpec
 from core.config.rules import RuleKeys
 from core.config.units import UnitError
 from core.policy import REQUESTS, Action, Aggregation, PeriodKind, Status
@@ -282,6 +283,17 @@ ChargeRule = Annotated[
 ]
 
 
+def _cost_form(value: Any) -> str:
+    return FORM_TAG + ("outcome" if isinstance(value, Mapping | OutcomeSpec) else "amount")
+
+
+CostRule = Annotated[
+    Annotated[Quantity, Tag(FORM_TAG + "amount")]
+    | Annotated[OutcomeSpec, Tag(FORM_TAG + "outcome")],
+    Discriminator(_cost_form),
+]
+
+
 class RouteSpec(RuleKeys):
     """What a request matches and what then happens to it."""
 
@@ -299,9 +311,10 @@ class RouteSpec(RuleKeys):
     strip_prefix: Prefix | None = Field(
         default=None, description="Taken off the path before the upstream sees it."
     )
-    meters: dict[Name, Quantity] = Field(
+    meters: dict[Name, CostRule] = Field(
         default={REQUESTS: Decimal(1)},
-        description="What one request costs, a meter. Only what is written is charged.",
+        description="What one request costs, a meter: an amount, or {estimate, from} where the "
+        "answer decides. Only what is written is charged.",
         json_schema_extra={"default": {REQUESTS: 1}},
     )
     keyless: Flag = preset(False, False, None, "true admits without a key, by client address.")

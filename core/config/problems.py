@@ -85,7 +85,8 @@ class Problems:
         for detail in error.errors(include_url=False):
             loc = detail["loc"]
             about_key = bool(loc) and loc[-1] == "[key]"
-            form = next((str(s) for s in loc if str(s).startswith(FORM_TAG)), None)
+            tag = next((str(s) for s in loc if str(s).startswith(FORM_TAG)), "")
+            form = tag if tag.removeprefix(FORM_TAG) in LIMIT_FORMS else None
             path = tuple(s for s in loc if s != "[key]" and not str(s).startswith(FORM_TAG))
             if detail["type"] == "too_short" and self._document.get(path):
                 continue  # its entries are there, and reported one by one

@@ -10,6 +10,7 @@ from core.config.catalog import MatchSpec, RouteSpec, StatusCharge
 from core.config.client import ClientSettings
 from core.config.compile import Meters, Plans, attempt, mapping
 from core.config.document import Path
+from core.config.outcome import OutcomeSpec, compile_cost
 from core.config.problems import Problems, did_you_mean, dotted
 from core.config.ruling import check_upstream, compile_rules
 from core.policy import OutageMode, Route
@@ -152,8 +153,20 @@ def _route(
             "nowhere to keep what is admitted until it is counted; set gateway.outage.spool_dir",
         )
     costs: dict[str, int] = {}
+    actual = []
     for meter, cost in spec.meters.items() if spec.respond is None else ():
-        units = meters.scale((*path, "meters", meter), meter, cost)
+        at = (*path, "meters", meter)
+        if isinstance(cost, OutcomeSpec):
+            rule = compile_cost(at, meter, cost, meters, problems)
+            if spec.keyless:
+                problems.add(
+                    at, "nobody to charge: a keyless route has no customer; write an amount"
+                )
+            if rule is not None:
+                actual.append(rule)
+                costs[meter] = rule.estimate
+            continue
+        units = meters.scale(at, meter, cost)
         if units is not None:
             costs[meter] = units
     return Route(
@@ -164,6 +177,7 @@ def _route(
         host=spec.match.host or "",
         strip_prefix=prefix or "",
         costs=costs,
+        actual=tuple(actual),
         keyless=spec.keyless,
         plan=spec.plan or "",
         forward_key=spec.forward_key,

@@ -65,6 +65,9 @@ class LocalCounter:
     def inc(self, *labels: str) -> None:
         self.pending[labels] += 1
 
+    def add(self, count: int, *labels: str) -> None:
+        self.pending[labels] += count
+
     def flush(self) -> None:
         counts = self.pending
         if not counts:
@@ -98,6 +101,8 @@ class LocalMetrics:
         self.key_cache_hits = LocalCounter(metrics.key_cache_hits)  # inc(kind)
         self.key_cache_misses = LocalCounter(metrics.key_cache_misses)  # inc(kind)
         self.upstream_errors = LocalCounter(metrics.upstream_errors)  # inc(upstream, kind)
+        self.costs_settled = LocalCounter(metrics.costs_settled)  # inc(meter, source, result)
+        self.cost_units = LocalCounter(metrics.cost_units)  # add(units, meter, which)
         self._upstreams: dict[str, LocalHistogram] = {}
         self._timer: asyncio.TimerHandle | None = None
         reference = weakref.ref(self)
@@ -147,6 +152,8 @@ class LocalMetrics:
             self.key_cache_hits,
             self.key_cache_misses,
             self.upstream_errors,
+            self.costs_settled,
+            self.cost_units,
             *self._upstreams.values(),
         ]
 

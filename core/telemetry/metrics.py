@@ -127,9 +127,21 @@ class Metrics:
         )
         self.settlements = _counter(
             "settlements_total",
-            "Reservations settled: confirm, refund, renew; lost when Redis did not answer.",
+            "Reservations settled: confirm, refund, renew, cost, progress; lost when Redis did not "
+            "answer.",
             "kind",
         )
+        self.costs_settled = _counter(
+            "costs_settled_total",
+            "Costs that the answer decides, by source and what became of the estimate: actual, "
+            "aborted_<on_abort>, kept_<reason>, and taken back: unpaid, unanswered, unserved.",
+            "meter", "source", "result",
+        )  # fmt: skip
+        self.cost_units = _counter(
+            "cost_units_total",
+            "Smallest units of meters whose cost the answer decides: estimated, charged.",
+            "meter", "which",
+        )  # fmt: skip
         self.outage_admitted = _counter(
             "outage_admitted_total",
             "Requests admitted without a decision, by outage mode: open, local.",

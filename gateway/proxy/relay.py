@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from core import clock
+from gateway.cost.tap import Tap
 from gateway.http.errors import (
     BadRequest,
     ClientDisconnected,
@@ -80,6 +81,7 @@ async def relay(
     drop_response_headers: frozenset[bytes] = frozenset(),
     default_server: Header | None = None,
     before_start: Callable[[int], Awaitable[None]] | None = None,
+    tap: Tap | None = None,
 ) -> RelayResult:
     """Relay one admitted request.
 
@@ -94,6 +96,7 @@ async def relay(
         default_server: appended when the upstream does not name itself.
         before_start: awaited with the status once the head of the answer is there, before any of
             it is passed on. What it raises ends the relay: the answer is not passed on.
+        tap: reads the answer as it passes, and may keep header fields from the client.
 
     Returns:
         A result once the response has started; the exchange has then ended.
@@ -127,6 +130,8 @@ async def relay(
         if before_start is not None:
             await before_start(status)
         headers = conn.headers
+        if tap is not None:
+            headers = tap.head(status, headers)
         if drop_response_headers:
             headers = [pair for pair in headers if pair[0] not in drop_response_headers]
         if default_server is not None and not conn.names_server:
@@ -136,7 +141,7 @@ async def relay(
         body = conn.take()
         if not conn.complete:
             head_ms = run.head_ms(conn)
-            result = await run.stream(exchange, headers, length, body)
+            result = await run.stream(exchange, headers, length, body, tap)
             return result._replace(headers=headers, head_ms=head_ms)
         head_ms = run.head_ms(conn) if conn.head_at else 0.0
         trailers = conn.trailers
@@ -150,6 +155,9 @@ async def relay(
                 exchange.respond(status, headers, body, length)
         except ValueError as exc:
             raise BadUpstreamResponse(f"unusable answer: {exc}") from exc
+        if tap is not None:
+            tap.piece(body)
+            tap.end()
         return RelayResult(
             status,
             run.bytes_in,
@@ -231,7 +239,12 @@ class _Relay(Flight):
         return conn
 
     async def stream(
-        self, exchange: Exchange, headers: Sequence[Header], length: int, chunk: bytes
+        self,
+        exchange: Exchange,
+        headers: Sequence[Header],
+        length: int,
+        chunk: bytes,
+        tap: Tap | None,
     ) -> RelayResult:
         """Pass the body on piece by piece; the first one, maybe empty, is here already."""
         conn = self.conn
@@ -249,6 +262,8 @@ class _Relay(Flight):
                 if chunk:
                     exchange.write(chunk)
                     sent += len(chunk)
+                    if tap is not None:
+                        tap.piece(chunk)
                     if exchange.must_drain:
                         self.await_client_read()
                         self.blocked = task
@@ -262,6 +277,8 @@ class _Relay(Flight):
                 last = conn.complete  # read with the bytes: more may arrive while they are sent
             upstream_ms = self.finish()
             exchange.end(conn.trailers or ())
+            if tap is not None:
+                tap.end()
             return RelayResult(status, self.bytes_in, sent, upstream_ms, Outcome.COMPLETE)
         except ExchangeError as error:
             return self._broken(exchange, status, sent, error)

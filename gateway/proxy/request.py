@@ -47,6 +47,8 @@ _READ: Final = _FORWARDED | {
 # `expect` is answered here: 100 is sent when the body is first asked for.
 _DROPPED: Final = (HOP_BY_HOP | {b"expect", b"http2-settings"}) - _READ
 
+_IDENTITY: Final = b"accept-encoding: identity\r\n"
+
 _KEY_START: Final = KEY_START.encode()
 
 _PROTO: Final = {
@@ -95,6 +97,7 @@ class RequestRules:
         drop_query: query parameters (decoded names) never forwarded.
         key_query: query parameters forwarded unless they hold a key.
         trusted: peers whose X-Forwarded-* and Forwarded fields are believed and continued.
+        identity: the upstream is asked for bodies without compression, which are read here.
         edits: fields that go and that come, as the route says.
         route: its name.
         host: sent as Host; empty is the target's, `preserve_host` the client's.
@@ -106,6 +109,7 @@ class RequestRules:
         "_dropped",
         "_edits",
         "_host",
+        "_identity",
         "_key_headers",
         "_key_query",
         "_last_host",
@@ -131,7 +135,11 @@ class RequestRules:
         host: str = "",
         preserve_host: bool = False,
         max_body: int = UNLIMITED,
+        identity: bool = False,
     ) -> None:
+        if identity:
+            drop_headers = (*drop_headers, b"accept-encoding")
+        self._identity = [_IDENTITY] if identity else []
         self._path_edit = path
         self._edits = edits
         self._route = route
@@ -165,7 +173,7 @@ class RequestRules:
                 bytes that could end a field early.
             PayloadTooLarge: it announces more of a body than the route allows.
         """
-        lines: list[bytes] = []
+        lines = self._identity.copy()
         special: list[Header] = []
         rules = self._special
         for pair in request.headers:

@@ -6,6 +6,7 @@
     GET /-/seen          JSON: `served` and `peak` (most at once) by X-Who and path, `in_flight`
     GET /-/release       answers everything that is held
     GET /…/named         names itself in the Server field
+    GET /…/costs?is=N    says that it cost N, in X-Usage-Cost
     GET /…/opened        has CORS fields of its own
     *   /…/status?code=N answers with this status
     *   anything else    200, a few bytes
@@ -91,6 +92,9 @@ class Upstream(asyncio.Protocol):
             self._later(name, asyncio.ensure_future(asyncio.sleep(delay)))
         elif path.endswith("/named"):
             self.transport.write(_OK.replace(b"\r\n", b"\r\nserver: upstream\r\n", 1))
+        elif path.endswith("/costs"):
+            cost = b"\r\nx-usage-cost: %b\r\n" % query.removeprefix("is=").encode()
+            self.transport.write(_OK.replace(b"\r\n", cost, 1))
         elif path.endswith("/opened"):
             self.transport.write(_OK.replace(b"\r\n", _CORS, 1))
         elif path.endswith("/echo"):
