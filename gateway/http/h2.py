@@ -27,6 +27,7 @@ from gateway.http.body import Body
 from gateway.http.errors import BadRequest
 from gateway.http.h2_exchange import Http2Exchange
 from gateway.http.h2_request import Refused, read_head, read_trailers
+from gateway.http.h2_sender import MAX_FRAME, Sender
 from gateway.http.message import Header
 
 if TYPE_CHECKING:
@@ -34,11 +35,6 @@ if TYPE_CHECKING:
 
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _FRAME_HEAD: Final = 9
-_MAX_FRAME: Final = 16_384
-# Of all answers of a connection, what is handed to its socket in one go.
-_BURST: Final = 256 * 1024
-# Above this much unsent the client is not read: it has to take what it asked for first.
-_UNSENT_MAX: Final = 512 * 1024
 # As in h1: how long, and how much of, a closed connection is read, so that GOAWAY arrives.
 _LINGER_S: Final = 2
 _LINGER_BYTES: Final = 1024 * 1024
@@ -72,9 +68,7 @@ class Http2Connection(Connection):
 
     __slots__ = (
         "_block_bytes",
-        "_blocked",
         "_client_leaving",
-        "_flushing",
         "_greeted",
         "_guard",
         "_h2",
@@ -83,13 +77,12 @@ class Http2Connection(Connection):
         "_in_block",
         "_lingering",
         "_partial_since",
-        "_pausing",
         "_preface",
+        "_sender",
         "_server",
         "_streams",
         "_tasks",
         "_transport",
-        "_write_paused",
         "peer",
         "scheme",
     )
@@ -102,8 +95,8 @@ class Http2Connection(Connection):
         self._transport: asyncio.Transport | None = None
         self._h2 = _Library(_CONFIG)
         self._guard = guard.Guard(server.tick)
+        self._sender = Sender(server, self._h2, self._guard, self.finished, self._lost)
         self._streams: dict[int, Http2Exchange] = {}
-        self._blocked: dict[int, Http2Exchange] = {}  # those with something still to be sent
         # Of all handlers that run, also of streams that are closed already.
         self._tasks: set[asyncio.Task[None]] = set()
         self._held = b""
@@ -113,16 +106,13 @@ class Http2Connection(Connection):
         self._block_bytes = 0
         self._idle_since = server.tick
         self._partial_since = server.tick  # since when a rest is waited for; 0 when none is
-        self._flushing = False
-        self._write_paused = False
-        self._pausing = False
         self._client_leaving = False
         self._lingering = -1  # bytes still to be read for nothing; -1 when not closing
 
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = self._sender.transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         self.peer = peer[0] if isinstance(peer, tuple) else ""
         limits, library = self._server.limits, self._h2
@@ -144,7 +134,7 @@ class Http2Connection(Connection):
             library.increment_flow_control_window(more)
         self.deadline = self._server.tick + limits.head_s
         self._server.opened(self)
-        self.flush()
+        self._sender.flush()
         if self._server.draining:
             self.leave()
 
@@ -152,15 +142,14 @@ class Http2Connection(Connection):
         self._server.closed(self)
         self._transport = None
         self._held = b""
+        self._sender.transport = None
         self._lose_all()
 
     def pause_writing(self) -> None:
-        self._write_paused = True
+        self._sender.pause()
 
     def resume_writing(self) -> None:
-        self._write_paused = False
-        self._pause(False)
-        self._later()
+        self._sender.resume()
 
     def data_received(self, data: bytes) -> None:
         if self._lingering >= 0:
@@ -184,7 +173,7 @@ class Http2Connection(Connection):
             self.close()
             return
         self._arm()
-        self.flush()
+        self._sender.flush()
 
     # Frames
 
@@ -198,7 +187,7 @@ class Http2Connection(Connection):
         while len(data) - at >= _FRAME_HEAD:
             length = int.from_bytes(data[at : at + 3], "big")
             kind, flags = data[at + 3], data[at + 4]
-            if length > _MAX_FRAME:
+            if length > MAX_FRAME:
                 self._h2.close_connection(ErrorCodes.FRAME_SIZE_ERROR)
                 raise ProtocolError("a frame is too large")
             end = at + _FRAME_HEAD + length
@@ -276,7 +265,7 @@ class Http2Connection(Connection):
         if is_head:
             body = b""
         # As much as any client has room for, and more than any problem has.
-        body = body[: max(0, min(self._h2.local_flow_control_window(stream), _MAX_FRAME))]
+        body = body[: max(0, min(self._h2.local_flow_control_window(stream), MAX_FRAME))]
         head = [(b":status", b"%d" % refused.status), *headers, self._server.date_field]
         self._h2.send_headers(stream, head, end_stream=not body)
         if body:
@@ -319,18 +308,17 @@ class Http2Connection(Connection):
     def send_head(self, stream: int, headers: Sequence[Header], last: bool = False) -> None:
         with suppress(ProtocolError):  # the stream or the connection is closed
             self._h2.send_headers(stream, headers, end_stream=last)
-        self._later()
+        self._sender.later()
 
     def send_body(self, exchange: Http2Exchange) -> None:
         """There is something to send of it, or its end."""
-        self._blocked[exchange.stream] = exchange
-        self._later()
+        self._sender.add(exchange)
 
     def acknowledge(self, stream: int, size: int) -> None:
         """So much of what was received is in memory no more."""
         with suppress(ProtocolError):
             self._h2.acknowledge_received_data(size, stream)
-            self._later()
+            self._sender.later()
 
     def cancel(self, exchange: Http2Exchange) -> None:
         """Its answer was given up."""
@@ -340,74 +328,13 @@ class Http2Connection(Connection):
     def reset(self, stream: int, code: ErrorCodes) -> None:
         with suppress(ProtocolError):
             self._h2.reset_stream(stream, code)
-        self._later()
+        self._sender.later()
 
     @property
     def server(self) -> HttpServer:
         return self._server
 
-    # Sending
-
-    def _later(self) -> None:
-        """What several streams have to say in this turn of the loop goes in one write."""
-        if not self._flushing and self._transport is not None:
-            self._flushing = True
-            self._server.loop.call_soon(self._flush_now)
-
-    def _flush_now(self) -> None:
-        self._flushing = False
-        self.flush()
-
-    def flush(self) -> None:
-        """Send what can be sent: heads and controls, and of bodies what the client has room for."""
-        transport = self._transport
-        if transport is None:
-            return
-        sent = 0
-        while self._blocked and not self._write_paused and sent < _BURST:
-            count = 0
-            for exchange in tuple(self._blocked.values()):
-                count += self._send_some(exchange)
-            if not count:
-                break
-            sent += count
-        data = self._h2.data_to_send()
-        if data:
-            transport.write(data)
-        if sent >= _BURST and self._blocked and not self._write_paused:
-            self._later()
-        if self._write_paused and transport.get_write_buffer_size() > _UNSENT_MAX:
-            self._pause(True)
-
-    def _send_some(self, exchange: Http2Exchange) -> int:
-        """One frame of a stream at most; returns the bytes, of an end at least 1."""
-        stream, library = exchange.stream, self._h2
-        try:
-            if not exchange.unsent:
-                if not exchange.ended:
-                    del self._blocked[stream]
-                    return 0
-                if exchange.trailers_out:
-                    library.send_headers(stream, exchange.trailers_out, end_stream=True)
-                else:
-                    library.end_stream(stream)
-                self.finished(exchange)
-                return 1
-            room = min(library.local_flow_control_window(stream), _MAX_FRAME)
-            if room <= 0:
-                return 0
-            piece = exchange.take(min(room, library.max_outbound_frame_size))
-            last = exchange.ended and not exchange.unsent and not exchange.trailers_out
-            library.send_data(stream, piece, end_stream=last)
-        except ProtocolError:
-            self._drop(exchange)
-            exchange.lose()
-            return 0
-        exchange.moved = self._server.tick
-        self._guard.sent(len(piece))
-        if last:
-            self.finished(exchange)
-        return len(piece)
+    # For the sender
 
     def finished(self, exchange: Http2Exchange) -> None:
         """All of the answer is on its way."""
@@ -415,9 +342,13 @@ class Http2Connection(Connection):
         if not exchange.body_complete:
             self.reset(exchange.stream, ErrorCodes.NO_ERROR)  # section 8.1: stop sending
 
+    def _lost(self, exchange: Http2Exchange) -> None:
+        self._drop(exchange)
+        exchange.lose()
+
     def _drop(self, exchange: Http2Exchange) -> None:
         self._streams.pop(exchange.stream, None)
-        self._blocked.pop(exchange.stream, None)
+        self._sender.drop(exchange.stream)
         body = exchange.body
         if body is not None and body.unread:
             unread = body.unread
@@ -448,7 +379,7 @@ class Http2Connection(Connection):
     def leave(self) -> None:
         """What is on its way here is still served; see RFC 9113 section 6.8."""
         if self._transport is not None and self._lingering < 0:
-            self.flush()
+            self._sender.flush()
             self._transport.write(_goaway(_EVERY_STREAM))
 
     def close(self) -> None:
@@ -469,7 +400,7 @@ class Http2Connection(Connection):
         self._held = b""
         self._lingering = _LINGER_BYTES
         self.deadline = self._server.tick + _LINGER_S + 1
-        self._pause(False)
+        self._sender.stop()
         if transport.can_write_eof():
             transport.write_eof()
         else:
@@ -478,7 +409,6 @@ class Http2Connection(Connection):
 
     def _lose_all(self) -> None:
         streams, self._streams = self._streams, {}
-        self._blocked.clear()
         for exchange in streams.values():
             exchange.lose()
 
@@ -513,15 +443,6 @@ class Http2Connection(Connection):
                     self._drop(exchange)
                     self.reset(exchange.stream, ErrorCodes.CANCEL)
             self._arm()
-
-    def _pause(self, paused: bool) -> None:
-        if paused is self._pausing or self._transport is None:
-            return
-        self._pausing = paused
-        if paused:
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()
 
 
 def _no_flow(_: bool) -> None:
