@@ -13,6 +13,7 @@ from tests.acceptance.catalogue import config, plan
 from tests.integration.proxy.raw import Peer, RawUpstream
 from tests.support import wait_until
 from tests.support.certificates import Files
+from tests.support.h2 import Client
 from tests.support.servers import server_directory
 from tests.support.stack import Stack, Subscriber
 from tests.support.wait import free_port, wait_until_async
@@ -46,6 +47,12 @@ class Upstream:
             framing = ",".join(request.get("transfer-encoding") + request.get("content-length"))
             note = f"x-framing: {framing}\r\nx-proto: {request.get('x-forwarded-proto')[0]}\r\n"
             note += f"x-trailers: {request.trailers}\r\n"
+            if request.trailers:
+                head = f"HTTP/1.1 200 OK\r\n{note}transfer-encoding: chunked\r\n\r\n"
+                size = len(request.body)
+                end = f"\r\n0\r\nx-size: {size}\r\nhost: a\r\n\r\n"
+                await peer.send(f"{head}{size:x}\r\n".encode() + request.body + end.encode())
+                continue
             head = f"HTTP/1.1 200 OK\r\n{note}content-length: {len(request.body)}\r\n\r\n"
             await peer.send(head.encode() + request.body)
 
@@ -95,8 +102,10 @@ async def _serve(
     ) as http:  # fmt: skip
         used = await _streaming(http, upstream)
         used += await _uploads(http)
+        used += await _trailers(port, customer, files)
         used += await _at_once(http, stack, customer)
-        await _renewed(http, stack, files, port)
+        await _renewed(http, stack, files)
+        await _reloaded(http, stack, port, files)
         left = 60 - used
         answers = await asyncio.gather(*(http.get("/api/x") for _ in range(left + 15)))
         codes = [answer.status_code for answer in answers]
@@ -153,7 +162,51 @@ async def _at_once(http: httpx.AsyncClient, stack: Stack, customer: Subscriber) 
     return 30
 
 
-async def _renewed(http: httpx.AsyncClient, stack: Stack, files: Files, port: int) -> None:
+async def _trailers(port: int, customer: Subscriber, files: Files) -> int:
+    """There and back; and a call of gRPC, which is not charged."""
+    key = [("authorization", f"Bearer {customer.key}")]
+    async with Client.to(port, files.trusting("h2"), server_hostname="localhost") as client:
+        stream = await client.begin("POST", "/s/echo", key, end=False)
+        await client.send(stream, b"abc")
+        client.h2.send_headers(stream, [("x-sum", "1"), ("x-forwarded-for", "1")], end_stream=True)
+        await client.flush()
+        answer = await client.answer(stream)
+        assert (answer.status, answer.body) == (200, b"abc")
+        assert answer.headers["x-trailers"] == "[('x-sum', '1')]"
+        assert answer.trailers == {"x-size": "3"}
+        grpc = [*key, ("content-type", "application/grpc"), ("te", "trailers")]
+        answer = await client.ask("POST", "/api/Service/Call", grpc, b"12345")
+        assert (answer.status, answer.headers["grpc-status"]) == (200, "12")
+    return 1
+
+
+async def _reloaded(http: httpx.AsyncClient, stack: Stack, port: int, files: Files) -> None:
+    """A newer version of TLS is asked for; a file that is not there changes nothing."""
+    old = files.trusting()
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+
+    async def taken(context: ssl.SSLContext) -> bool:
+        async with httpx.AsyncClient(verify=context, trust_env=False, timeout=30) as other:
+            try:
+                return (await other.get(f"https://localhost:{port}/-/healthz")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+    assert await taken(old)
+    settings = stack.config.read_text()
+    loads = "tallygate_config_reloads_total"
+    before = stack.metric(loads, result="applied")
+    stack.write_config(settings.replace("tls: {", "tls: {min_version: 1.3, "))
+    await wait_until_async(lambda: stack.metric(loads, result="applied") >= before + 3, what="all")
+    assert not await taken(old)
+    assert await taken(files.trusting())
+    stack.write_config(settings.replace("gateway.crt", "nowhere.crt"))
+    await wait_until_async(lambda: stack.metric(loads, result="refused") == 2, what="both workers")
+    assert not await taken(old)
+    assert (await http.get("/-/healthz")).status_code == 200  # the connection of before
+
+
+async def _renewed(http: httpx.AsyncClient, stack: Stack, files: Files) -> None:
     """A new certificate in every worker, without a signal; the open connection stays."""
     files.pair("gateway")
     name = "tallygate_certificate_reloads_total"

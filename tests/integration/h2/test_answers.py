@@ -330,7 +330,7 @@ async def test_an_idle_connection_is_closed_and_a_ping_is_no_request() -> None:
     async def handler(exchange: Exchange) -> None:
         exchange.respond(200, [], b"ok")
 
-    limits = Limits(keepalive_s=2)
+    limits = Limits(keepalive_s=3)
     async with serving(handler, limits=limits) as at, Client.to(at.port) as client:
         assert (await client.ask()).body == b"ok"
         reading = asyncio.create_task(client.gone())
@@ -346,7 +346,7 @@ async def test_what_a_client_never_takes_is_given_up() -> None:
     async def handler(exchange: Exchange) -> None:
         exchange.respond(200, [], b"x" * 200_000)
 
-    limits = Limits(keepalive_s=2)
+    limits = Limits(keepalive_s=3)
     async with serving(handler, limits=limits) as at, Client.to(at.port) as client:
         client.greedy = False
         answer = await client.ask()

@@ -306,7 +306,7 @@ async def test_handshakes_that_do_not_end(files: Files) -> None:
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     port = sock.getsockname()[1]
-    listener = TlsListener(server, sock, door.certificates, 1.0, 10)
+    listener = TlsListener(server, sock, door.certificates, 2.5, 10)
     listener.start(128)
     try:
         waiting = [await asyncio.open_connection("127.0.0.1", port) for _ in range(30)]
