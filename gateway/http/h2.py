@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -19,6 +19,7 @@ from h2.errors import ErrorCodes
 from h2.events import DataReceived, RequestReceived, StreamEnded, StreamReset, TrailersReceived
 from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes, Settings
+from hpack import Encoder
 from hyperframe.frame import GoAwayFrame
 
 from gateway.http import h2_guard as guard
@@ -38,6 +39,8 @@ _FRAME_HEAD: Final = 9
 # As in h1: how long, and how much of, a closed connection is read, so that GOAWAY arrives.
 _LINGER_S: Final = 2
 _LINGER_BYTES: Final = 1024 * 1024
+# RFC 7541's default for the table of header fields; a client may allow gigabytes.
+_TABLE: Final = 4_096
 _EVERY_STREAM: Final = 2**31 - 1
 
 _CONFIG: Final = H2Configuration(
@@ -58,9 +61,25 @@ _GRPC: Final[tuple[Header, ...]] = (
 )
 
 
+class _Encoder(Encoder):
+    """Remembers no more of what it sent than it is obliged to, however much a client allows."""
+
+    @property
+    def header_table_size(self) -> int:
+        return int(self.header_table.maxsize)
+
+    @header_table_size.setter
+    def header_table_size(self, value: int) -> None:
+        cast(Any, Encoder.header_table_size).fset(self, min(value, _TABLE))
+
+
 class _Library(H2Connection):
     # It remembers how streams ended; 65,536 of them would be megabytes a connection.
     MAX_CLOSED_STREAMS = 1_024
+
+    def __init__(self) -> None:
+        super().__init__(_CONFIG)
+        self.encoder = _Encoder()
 
 
 class Http2Connection(Connection):
@@ -93,7 +112,7 @@ class Http2Connection(Connection):
         self.peer = ""
         self.deadline = 0
         self._transport: asyncio.Transport | None = None
-        self._h2 = _Library(_CONFIG)
+        self._h2 = _Library()
         self._guard = guard.Guard(server.tick)
         self._sender = Sender(server, self._h2, self._guard, self.finished, self._lost)
         self._streams: dict[int, Http2Exchange] = {}

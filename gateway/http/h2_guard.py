@@ -26,6 +26,7 @@ CONTROL_PER_S: Final = 100
 _UPDATES: Final = 1_000
 _UPDATES_PER_FRAME: Final = 2
 _BYTES_PER_UPDATE: Final = 1024
+_CRUMB: Final = 256
 # A header block in more frames than this is not made for being read.
 _CONTINUATIONS: Final = 32
 
@@ -86,8 +87,14 @@ class Guard:
             if self._resets < 0:
                 raise Overspent("h2_resets")
 
-    def sent(self, size: int) -> None:
-        """A frame of data was sent."""
+    def sent(self, size: int, cut: bool) -> None:
+        """A frame of data was sent; `cut` where the client had no room for more of it.
+
+        Crumbs that the client made us cut explain nothing: room for one byte after the other
+        (CVE-2019-9511) would pay for itself.
+        """
+        if cut and size < _CRUMB:
+            return
         updates = self._updates + _UPDATES_PER_FRAME + size // _BYTES_PER_UPDATE
         self._updates = min(updates, 100 * _UPDATES)
 

@@ -131,13 +131,14 @@ class Sender:
             if room <= 0:
                 return 0
             piece = exchange.take(min(room, library.max_outbound_frame_size))
+            cut = len(piece) == room and room < MAX_FRAME and exchange.unsent > 0
             last = exchange.ended and not exchange.unsent and not exchange.trailers_out
             library.send_data(stream, piece, end_stream=last)
         except ProtocolError:
             self._on_lost(exchange)
             return 0
         exchange.moved = self._server.tick
-        self._guard.sent(len(piece))
+        self._guard.sent(len(piece), cut)
         if last:
             self._on_sent(exchange)
         return len(piece)

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 
 import pytest
+from h2.settings import SettingCodes
 from hpack import Encoder
 
 from gateway.http.exchange import Exchange
@@ -86,6 +87,42 @@ async def test_what_is_explained_by_traffic_is_no_flood() -> None:
                 await client.flush()
     assert len(client.streams[stream].body) == 1_000_000
     assert not at.events
+
+
+@on_uvloop
+async def test_room_for_one_byte_after_the_other() -> None:
+    """CVE-2019-9511: each update has us send a frame."""
+
+    async def handler(exchange: Exchange) -> None:
+        exchange.respond(200, [], b"x" * 100_000)
+
+    async with serving(handler) as at, Client.to(at.port, hello=False) as client:
+        client.blind = True
+        no_room = frame(4, 0, 0, struct.pack(">HI", 4, 0))
+        await client.raw(PREFACE + no_room + frame(1, END_HEADERS | END_STREAM, 1, block()))
+        while not client.closed:
+            await client.raw(frame(8, 0, 1, struct.pack(">I", 1)))
+            await client.receive()  # the byte, as a rule
+    assert [code for code, _ in client.goaways] == [CALM]
+    assert at.events == {"h2_flood": 1}
+
+
+@on_uvloop
+async def test_a_table_of_header_fields_of_any_size_is_not_filled() -> None:
+    async with serving(hello) as at, Client.to(at.port, hello=False) as client:
+        client.h2.local_settings[SettingCodes.HEADER_TABLE_SIZE] = 100_000_000
+        client.h2.local_settings.acknowledge()
+        client.h2.decoder.max_allowed_table_size = 100_000_000
+        client.h2.initiate_connection()
+        await client.flush()
+        for _ in range(5):
+            assert (await client.ask()).body == b"hello"
+        # It would say so before it used more.
+        assert client.h2.decoder.header_table_size == 4096
+        client.h2.update_settings({SettingCodes.HEADER_TABLE_SIZE: 0})
+        await client.flush()
+        assert (await client.ask()).body == b"hello"
+        await client.until(lambda: client.h2.decoder.header_table_size == 0)
 
 
 @on_uvloop
