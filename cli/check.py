@@ -227,9 +227,11 @@ def _ranges(codes: list[int]) -> list[str]:
 
 
 def _print_json(value: object) -> None:
-    def plain(item: object) -> str:
+    def plain(item: object) -> object:
         if isinstance(item, Decimal):
             return str(item)
+        if isinstance(item, frozenset):
+            return sorted(item)
         raise TypeError(f"{type(item).__name__} has no JSON form")
 
     click.echo(orjson.dumps(value, default=plain, option=orjson.OPT_INDENT_2).decode())

@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.certificates import build
 from core.config import Address, load
 from core.config.fields import parse_address
 from core.errors import TallygateError
 from core.leave import leave
 from core.telemetry import logs
-from core.tls import build
 from gateway import worker
 from gateway.lifeline import die_with_parent
 from gateway.listeners import HTTP, HTTPS, bind, check_free, inherited, parse_listener

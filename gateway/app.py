@@ -43,6 +43,7 @@ from gateway.outage.replay import Replay
 from gateway.responder import Responder
 from gateway.runtime import Runtime
 from gateway.settings import required
+from gateway.websocket.serve import WebSockets
 
 _log = logs.get_logger()
 
@@ -181,6 +182,8 @@ class Gateway:
             costs=CostReport(self.local.costs_settled, self.local.cost_units),
         )
         self._respond = self._responder(self.runtime)
+        self._start_pools()
+        self.local.before_flush = self._sample_pools
         self.local.start(loop)
         self.metrics.config_applied(self.config.current.digest)
         self._tasks.append(asyncio.create_task(self.config.run(), name="config-watcher"))
@@ -226,7 +229,8 @@ class Gateway:
             loader=self._loader,
             clock=clock.now_ms,
         )
-        return Responder(runtime, authenticator, self._limiter, self.local)
+        sockets = WebSockets(self._limiter, authenticator, self.local, lambda: self.runtime)
+        return Responder(runtime, authenticator, self._limiter, self.local, sockets)
 
     # Requests
 
@@ -329,6 +333,7 @@ class Gateway:
         self._pin_meters()
         for pool in retired:
             pool.close()
+        self._start_pools()  # after those, whose gauges may have the same labels
         logs.configure(new.settings.log.level, new.settings.log.format, "gateway")
         # Taking a plan out is allowed, but who is still subscribed to it is refused from now on.
         log = _log.warning if removed else _log.info
@@ -338,6 +343,14 @@ class Gateway:
             restart_needed=restart_needed(old, new),
             plans_removed=removed,
         )
+
+    def _start_pools(self) -> None:
+        for pool in self.runtime.pools.values():
+            pool.start(self.metrics)
+
+    def _sample_pools(self) -> None:
+        for pool in self.runtime.pools.values():
+            pool.sample()
 
     def _refused(self, error: ConfigError) -> None:
         self.metrics.config_refused()

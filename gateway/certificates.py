@@ -12,10 +12,10 @@ import ssl
 from collections.abc import Callable
 
 from core import clock
+from core.certificates import Certificate, CertificateError, Material, build, watched
 from core.config.tls import TlsSettings
 from core.errors import ConfigError
 from core.telemetry import logs
-from core.tls import Certificate, CertificateError, Material, build, watched
 
 _log = logs.get_logger()
 

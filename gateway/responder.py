@@ -13,13 +13,14 @@ from typing import Any
 
 from core import clock, ids
 from core.errors import StoreUnavailableError
-from core.policy import Status, Upstream
+from core.policy import Status
 from core.telemetry import logs
 from core.telemetry.local import LocalMetrics
 from gateway.admission.limiter import Decision, Limiter
 from gateway.answers import problems
 from gateway.answers.headers import SERVER
 from gateway.answers.problems import Problem
+from gateway.answers.upstream import upstream_problem
 from gateway.auth import Authenticator
 from gateway.auth import Outcome as Auth
 from gateway.auth.keycache import Subscription
@@ -34,16 +35,17 @@ from gateway.http.errors import (
 from gateway.http.exchange import Exchange
 from gateway.http.message import Header, Request
 from gateway.matching import Direct, Matcher, Refusal
-from gateway.proxy.errors import PoolExhausted, ProxyError
+from gateway.proxy.errors import ProxyError
 from gateway.proxy.relay import Outcome, RelayResult, relay
 from gateway.proxy.request import MAX_REQUEST_ID, RequestHead
 from gateway.proxy.rewrite import Facts
+from gateway.proxy.websocket.handshake import HandshakeError
 from gateway.runtime import PlanOnRoute, RouteRuntime, Runtime
+from gateway.websocket.serve import WebSockets
+from gateway.websocket.serve import problem as socket_problem
 
 # What a client is told when no decision can be had: short, since a restart of Redis is.
 _OUTAGE_RETRY_S = 1
-# And when its upstream has no connection free: it waited for one already.
-_BUSY_RETRY_S = 1
 
 
 class Responder:
@@ -55,12 +57,14 @@ class Responder:
         authenticator: Authenticator,
         limiter: Limiter,
         metrics: LocalMetrics,
+        sockets: WebSockets,
     ) -> None:
         self.runtime = runtime
         self._match = Matcher(runtime).match
         self._authenticator = authenticator
         self._limiter = limiter
         self._metrics = metrics
+        self._sockets = sockets
         self._upstream_seconds = {
             upstream.name: metrics.upstream(upstream.name) for upstream in runtime.pools
         }
@@ -85,10 +89,15 @@ class Responder:
         try:
             route = matched = self._match(request, request_id)
             route_name = route.route.name
+            shake = None
+            if route.websocket is not None:
+                shake = self._sockets.asked(route, request)
             if route.anonymous is not None:
                 on_route = route.anonymous
                 plan_name = on_route.plan.name
                 head = self._head(route, None, request, request_id, plan_name, "")
+                if route.pool.refusing is not None:
+                    self._ask_upstream(route, request_id)
                 client = client_group(self.runtime.trusted.client_ip(request.peer, request.headers))
                 subject = f"ip:{plan_name}:{client}"
                 started = clock.monotonic()
@@ -99,6 +108,8 @@ class Responder:
                 on_route = self._plan(route, subscription, request_id)
                 plan_name = subscription.plan
                 head = self._head(route, source, request, request_id, plan_name, subject)
+                if route.pool.refusing is not None:
+                    self._ask_upstream(route, request_id)
                 started = clock.monotonic()
                 decision = await self._limiter.admit(on_route.admission, subscription, own_id)
             metrics.admission.observe(clock.monotonic() - started)
@@ -113,6 +124,14 @@ class Responder:
             if route.alters_answers:
                 limit_headers += self._added(route, request, request_id, plan_name, subject)
             started = clock.monotonic()
+            if shake is not None:
+                result = await self._sockets.relay(
+                    exchange, shake, route=route, on_route=on_route, head=head, decision=decision,
+                    subject=subject if route.anonymous is not None else subscription,
+                    own_id=own_id, limit_headers=limit_headers,
+                )  # fmt: skip
+                outcome = self._relayed(result, route, decision, request_id)
+                return
             result = await relay(
                 exchange,
                 pool=route.pool,
@@ -121,9 +140,10 @@ class Responder:
                 drop_response_headers=route.drop_response_headers,
                 default_server=route.default_server,
                 before_start=charge.answered if charge is not None else None,
+                balance_key=b"" if route.balance_key is None else route.balance_key(request),
                 tap=charge.tap(request_id) if charge is not None else None,
             )
-            outcome = self._relayed(result, route, decision)
+            outcome = self._relayed(result, route, decision, request_id)
         except Direct as direct:
             route_name, outcome = direct.route, direct.outcome
             self._answer(direct.answer, exchange, request_id)
@@ -146,13 +166,20 @@ class Responder:
                 Refusal(problem, outcome, error.code),
                 exchange, subject, matched, plan_name, request_id, own_id,
             )  # fmt: skip
+        except HandshakeError as error:
+            outcome = "bad_request" if error.status < 500 else "upstream_error"
+            problem = socket_problem(error, request_id)
+            self._refuse(
+                Refusal(problem, outcome, error.code),
+                exchange, subject, matched, plan_name, request_id, own_id,
+            )  # fmt: skip
         except ProxyError as error:
             outcome = "upstream_error"
             upstream = route.pool.upstream
             metrics.upstream_errors.inc(upstream.name, error.code)
             self._upstream_seconds[upstream.name].observe(clock.monotonic() - started)
             self._refuse(
-                Refusal(_upstream_problem(error, upstream, request_id), outcome,
+                Refusal(upstream_problem(error, upstream, request_id=request_id), outcome,
                         f"{error.code}: {error}"),
                 exchange, subject, matched, plan_name, request_id, own_id,
             )  # fmt: skip
@@ -260,6 +287,17 @@ class Responder:
             problem = _client_error(error, request_id, route)
             raise Refusal(problem, "bad_request", error.code) from None
 
+    def _ask_upstream(self, route: RouteRuntime, request_id: str) -> None:
+        """Whether its upstream takes requests now: one that would go nowhere is not counted."""
+        pool = route.pool
+        try:
+            if pool.refusing is not None:
+                pool.refusing()
+        except ProxyError as error:
+            self._metrics.upstream_errors.inc(pool.upstream.name, error.code)
+            problem = upstream_problem(error, pool.upstream, request_id=request_id)
+            raise Refusal(problem, "upstream_error", f"{error.code}: {error}") from None
+
     @staticmethod
     def _limited(
         decision: Decision, limit_headers: list[tuple[bytes, bytes]], own_id: str, request_id: str
@@ -274,7 +312,9 @@ class Responder:
         names = ",".join(state.name for state in decision.states if not state.allowed)
         return Refusal(problem, "limited", names, decision_id)
 
-    def _relayed(self, result: RelayResult, route: RouteRuntime, decision: Decision) -> str:
+    def _relayed(
+        self, result: RelayResult, route: RouteRuntime, decision: Decision, request_id: str
+    ) -> str:
         upstream = route.route.upstream
         self._upstream_seconds[upstream].observe(result.head_ms / 1000)
         if result.outcome is Outcome.COMPLETE:
@@ -283,7 +323,16 @@ class Responder:
             return "client_gone"
         if isinstance(result.error, BadRequest | RequestTimeout | PayloadTooLarge):
             return "bad_request"  # its body went wrong after the answer had begun
-        self._metrics.upstream_errors.inc(upstream, result.error.code if result.error else "broken")
+        code = result.error.code if result.error else "broken"
+        self._metrics.upstream_errors.inc(upstream, code)
+        logs.get_logger().warning(
+            "upstream_answer_broken",
+            request_id=request_id,
+            route=route.route.name,
+            upstream=upstream,
+            code=code,
+            reason=str(result.error),
+        )
         return "upstream_error"
 
     def _refuse(
@@ -313,14 +362,6 @@ class Responder:
         if not any(name == b"server" for name, _ in problem.headers):
             headers.append(SERVER)
         exchange.respond(problem.status, headers, problem.body)
-
-
-def _upstream_problem(error: ProxyError, upstream: Upstream, request_id: str) -> Problem:
-    if error.status == 504:
-        return problems.gateway_timeout(upstream.response_timeout_ms, request_id=request_id)
-    if isinstance(error, PoolExhausted):
-        return problems.upstream_busy(_BUSY_RETRY_S, request_id=request_id)
-    return problems.bad_gateway(request_id=request_id)
 
 
 def _cors(matched: RouteRuntime | None, request: Request) -> Sequence[Header]:

@@ -1,4 +1,4 @@
-"""Models of what is sold and counted: meters, upstreams, routes, plans and their limits.
+"""Models of what is sold and counted: meters, routes, plans and their limits.
 
 These hold what the file says; `compile` checks references and numbers across them and builds the
 `core.policy` form that the hot path reads.
@@ -37,13 +37,13 @@ from core.config.fields import (
     Quantity,
     Rate,
     StatusClass,
-    UpstreamUrl,
     duration,
     preset,
 )
 from core.config.outcome import OutcomeSpec
 from core.config.rules import RuleKeys
 from core.config.units import UnitError
+from core.config.websocket import WebSocketField
 from core.policy import REQUESTS, Action, Aggregation, PeriodKind, Status
 
 # The key that tells each form of limit, and how that form is written.
@@ -228,32 +228,6 @@ class MeterSpec(Section):
         return Aggregation(self.aggregation)
 
 
-class UpstreamTimeouts(Section):
-    """How long an upstream may take."""
-
-    connect_ms: DurationMs = duration("1s", "connect", "To accept a connection.")
-    response_ms: DurationMs = duration("30s", "response", "To begin an answer.")
-
-
-class UpstreamPool(Section):
-    """Connections to an upstream, a gateway worker."""
-
-    max_connections: Count = preset(256, 256, None, "Connections at most.")
-    keepalive_ms: DurationMs = duration("60s", "keepalive", "How long an idle one is kept.")
-
-
-class UpstreamSpec(Section):
-    """Where admitted requests go."""
-
-    urls: tuple[UpstreamUrl, ...] = Field(
-        min_length=1, description="http://host:port, one or more; requests are spread over them."
-    )
-    timeout: UpstreamTimeouts = Field(
-        default_factory=UpstreamTimeouts, description="How long it may take."
-    )
-    pool: UpstreamPool = Field(default_factory=UpstreamPool, description="Connections to it.")
-
-
 class MatchSpec(Section):
     """What a request must look like."""
 
@@ -331,6 +305,9 @@ class RouteSpec(RuleKeys):
         default="closed",
         description="While Redis does not answer: closed refuses (503), open admits, local admits "
         "within this worker's share of each limit; what is admitted is counted afterwards.",
+    )
+    websocket: WebSocketField = Field(
+        default=None, description="true, or how WebSockets are served; they are not by default."
     )
 
 

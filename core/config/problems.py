@@ -116,6 +116,8 @@ class Problems:
             cause = context["error"]
             return cause.reason if isinstance(cause, UnitError) else str(cause)
         if kind == "extra_forbidden":
+            if form is not None and form.removeprefix(FORM_TAG) not in LIMIT_FORMS:
+                form = None  # of another union: its keys say enough
             hint = did_you_mean(str(path[-1]), known_keys(path[:-1], form))
             if form is None:
                 return f"unknown key{hint}"

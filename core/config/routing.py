@@ -13,6 +13,8 @@ from core.config.document import Path
 from core.config.outcome import OutcomeSpec, compile_cost
 from core.config.problems import Problems, did_you_mean, dotted
 from core.config.ruling import check_upstream, compile_rules
+from core.config.upstream_compile import statuses
+from core.config.websocket_compile import compile_websocket, refer_websocket
 from core.policy import OutageMode, Route
 
 _LONGEST_NAME = 63
@@ -99,6 +101,7 @@ def _refer(
         problems.add((*path, "upstream"), f"unknown upstream; declare it under upstreams{hint}")
     for meter in mapping(raw, "meters"):
         meters.refer((*path, "meters", meter), meter, value=False)
+    refer_websocket(path, raw, meters, problems)
     keyless = raw.get("keyless") in (True, "true")
     if keyless and plan is None:
         problems.add((*path, "plan"), "a keyless route needs a plan; name one", value=False)
@@ -162,6 +165,8 @@ def _route(
                 problems.add(
                     at, "nobody to charge: a keyless route has no customer; write an amount"
                 )
+            if spec.websocket is not None:
+                problems.add(at, "no answer to a WebSocket says what it costs; write an amount")
             if rule is not None:
                 actual.append(rule)
                 costs[meter] = rule.estimate
@@ -194,14 +199,9 @@ def _route(
             max_body=max_body,
             problems=problems,
         ),
+        websocket=compile_websocket(path, spec.websocket, meters),
     )
 
 
 def _charged(charge: str | StatusCharge) -> frozenset[int] | None:
-    if isinstance(charge, str):
-        return None
-    codes: set[int] = set()
-    for text in charge.status:
-        first = int(text.replace("x", "0"))
-        codes.update(range(first, first + (100 if text.endswith("xx") else 1)))
-    return frozenset(codes)
+    return None if isinstance(charge, str) else statuses(charge.status)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from core import clock
+from core.certificates import Certificate, CertificateError, build
 from core.config import Snapshot
 from core.doctor.findings import Finding, Severity, ok
-from core.tls import Certificate, CertificateError, build
 
 # Renewed by a tool, a certificate of 90 days is replaced 30 days before it ends.
 SOON_DAYS = 14

@@ -175,8 +175,67 @@ class Metrics:
         )
         self.upstream_errors = _counter(
             "upstream_errors_total",
-            "Upstream failures: connect, timeout, reset, protocol.",
+            "Requests that failed at an upstream, by code: see docs/upstreams.md.",
             "upstream", "kind",
+        )  # fmt: skip
+        self.upstream_targets_down = _gauge(
+            "upstream_targets_down",
+            "Addresses of a URL that a worker sends nothing to, unhealthy or ejected; 0 is good.",
+            "livesum",
+            "upstream", "target",
+        )  # fmt: skip
+        self.upstream_ejections = _counter(
+            "upstream_ejections_total",
+            "Times a target was left out because requests failed there.",
+            "upstream", "target",
+        )  # fmt: skip
+        self.upstream_checks = _counter(
+            "upstream_checks_total", "Health checks: ok, failed.", "upstream", "result"
+        )
+        self.upstream_breaker_state = _gauge(
+            "upstream_breaker_state",
+            "The worst circuit breaker of any worker: 0 closed, 1 half open, 2 open.",
+            "livemax",
+            "upstream",
+        )
+        self.upstream_breaker_changes = _counter(
+            "upstream_breaker_changes_total",
+            "Transitions of circuit breakers, to: open, half_open, closed.",
+            "upstream", "to",
+        )  # fmt: skip
+        self.upstream_retries = _counter(
+            "upstream_retries_total",
+            "Tries after the first: connect, reset, timeout, status, stale (a kept connection that "
+            "the upstream had closed); budget: refused, as too many failed.",
+            "upstream", "cause",
+        )  # fmt: skip
+        self.upstream_connections = _gauge(
+            "upstream_connections", "Connections: in_use, idle.", "livesum", "upstream", "state"
+        )
+        self.upstream_waiting = _gauge(
+            "upstream_waiting", "Requests that wait for a connection.", "livesum", "upstream"
+        )
+        self.upstream_dns_failures = _counter(
+            "upstream_dns_failures_total", "Names that could not be resolved any more.", "upstream"
+        )
+
+        # Gateway: WebSockets.
+        self.websockets = _gauge("websockets", "WebSockets that are open.", "livesum", "route")
+        self.websocket_messages = _counter(
+            "websocket_messages_total",
+            "Messages passed on, by direction: in (of clients), out.",
+            "route", "direction",
+        )  # fmt: skip
+        self.websocket_bytes = _counter(
+            "websocket_bytes_total",
+            "Bytes of payload passed on, as they were on the wire.",
+            "route", "direction",
+        )  # fmt: skip
+        self.websocket_closed = _counter(
+            "websocket_closed_total",
+            "WebSockets that ended, by who ended them (client, upstream, gateway) and close code: "
+            "1000 to 1015, 3xxx, 4xxx, other; 1006 is a connection lost.",
+            "route", "who", "code",
         )  # fmt: skip
 
         # All processes.

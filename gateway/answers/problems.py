@@ -72,6 +72,17 @@ def quota_exceeded(
     )
 
 
+def upgrade_required(detail: str, *, request_id: str) -> Problem:
+    """426: a WebSocket of a version that is not spoken here."""
+    fields = [
+        (b"sec-websocket-version", b"13"),
+        (b"upgrade", b"websocket"),
+        (b"connection", b"upgrade"),
+    ]
+    kind = OWN_BASE + "upgrade-required"
+    return _problem(426, kind, "Upgrade required", detail, request_id, fields)
+
+
 def temporary_reduced_capacity(
     retry_after: int, *, request_id: str, policies: Sequence[str] = ()
 ) -> Problem:
@@ -89,7 +100,7 @@ def temporary_reduced_capacity(
     )
 
 
-def upstream_busy(retry_after: int, *, request_id: str) -> Problem:
+def upstream_busy(retry_after: int, *, request_id: str, code: str = "upstream-busy") -> Problem:
     """503: all connections to the upstream stayed taken. `retry_after` in seconds."""
     seconds = max(1, retry_after)
     return _problem(
@@ -99,6 +110,22 @@ def upstream_busy(retry_after: int, *, request_id: str) -> Problem:
         f"The API behind this gateway is busy. Try again in {_duration(seconds)}.",
         request_id,
         [(b"retry-after", b"%d" % seconds)],
+        {"code": code},
+    )
+
+
+def upstream_unavailable(retry_after: int, *, request_id: str, code: str) -> Problem:
+    """503: the upstream failed too often and is given a rest. `retry_after` in seconds."""
+    seconds = max(1, retry_after)
+    return _problem(
+        503,
+        OWN_BASE + "upstream-unavailable",
+        "Upstream unavailable",
+        "The API behind this gateway has been failing and is given a rest. "
+        f"Try again in {_duration(seconds)}.",
+        request_id,
+        [(b"retry-after", b"%d" % seconds)],
+        {"code": code},
     )
 
 
@@ -250,7 +277,7 @@ def request_timeout(*, request_id: str) -> Problem:
     )
 
 
-def bad_gateway(*, request_id: str) -> Problem:
+def bad_gateway(*, request_id: str, code: str = "bad-gateway") -> Problem:
     """502: the upstream could not be reached or broke off."""
     return _problem(
         502,
@@ -258,10 +285,11 @@ def bad_gateway(*, request_id: str) -> Problem:
         "Bad gateway",
         "The API behind this gateway could not be reached, or ended its answer early.",
         request_id,
+        extra={"code": code},
     )
 
 
-def gateway_timeout(timeout_ms: int, *, request_id: str) -> Problem:
+def gateway_timeout(timeout_ms: int, *, request_id: str, code: str = "upstream-timeout") -> Problem:
     """504: the upstream did not answer in time."""
     return _problem(
         504,
@@ -269,6 +297,7 @@ def gateway_timeout(timeout_ms: int, *, request_id: str) -> Problem:
         "Gateway time-out",
         f"The API behind this gateway did not answer within {timeout_ms / 1000:g} seconds.",
         request_id,
+        extra={"code": code},
     )
 
 

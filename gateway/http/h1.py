@@ -24,7 +24,7 @@ from httptools import (
 from gateway.http.base import Connection, descriptor
 from gateway.http.body import Body
 from gateway.http.errors import BadRequest, ClientDisconnected
-from gateway.http.exchange import Exchange
+from gateway.http.exchange import Exchange, Tunnel
 from gateway.http.message import NO_BODY, STATUS_LINES, Header, Request
 from gateway.http.target import TargetError, parse_target
 
@@ -663,9 +663,10 @@ class Http1Exchange(Exchange):
     def trailers(self) -> Sequence[Header]:
         return () if self.body is None else self.body.trailers
 
-    def take_over(self, protocol: asyncio.Protocol, head: bytes) -> asyncio.Transport:
+    def take_over(self, protocol: Tunnel, head: bytes) -> asyncio.Transport:
         """Ends HTTP on this connection: `head` is written, `protocol` gets the socket."""
         self.started = self.ended = True
+        protocol.task = self.task
         server = self._conn.server
         transport, held = self._conn.detach()
         transport.set_protocol(protocol)

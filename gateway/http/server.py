@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import partial
 from typing import Final
 
 from core import clock
@@ -104,7 +105,7 @@ class HttpServer:
         self._servers: list[asyncio.Server | TlsListener] = []
         self._listeners: list[TlsListener] = []  # also those that are closed: of their handshakes
         self._connections: set[Connection] = set()
-        self._tunnels: set[asyncio.Protocol] = set()
+        self._tunnels: set[Tunnel] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._sweep()
 
@@ -145,14 +146,22 @@ class HttpServer:
         self.draining = True
         for connection in tuple(self._connections):
             connection.leave()
-        now = clock.monotonic()
+        now = began = clock.monotonic()
         end, grace = now + seconds, min(_IDLE_GRACE_S, seconds / 2)
+        # Tunnels do not end by themselves, and their clients can connect elsewhere: they are told
+        # within half of the time, one after another, so that not all come back at once.
+        tunnels = list(self._tunnels)
+        pace = len(tunnels) / max(seconds / 2, _DRAIN_POLL_S)
+        told = 0
         idle_since: dict[Connection, float] = {}
         while self._left and now < end:
             idle = [connection for connection in self._connections if connection.idle]
             idle_since = {connection: idle_since.get(connection, now) for connection in idle}
             for connection in _silent(c for c, since in idle_since.items() if since + grace <= now):
                 connection.close()
+            while told < len(tunnels) and told <= pace * (now - began):
+                tunnels[told].going_away()
+                told += 1
             await asyncio.sleep(_DRAIN_POLL_S)
             now = clock.monotonic()
         await self._end_tunnels()
@@ -167,8 +176,7 @@ class HttpServer:
     async def _end_tunnels(self) -> None:
         """Each says goodbye in its own protocol, and has a moment to be heard."""
         for tunnel in tuple(self._tunnels):
-            if isinstance(tunnel, Tunnel):
-                tunnel.going_away()
+            tunnel.going_away()
         end = clock.monotonic() + _GOODBYE_S
         while self._tunnels and clock.monotonic() < end:  # noqa: ASYNC110 - rare
             await asyncio.sleep(_DRAIN_POLL_S)
@@ -179,6 +187,7 @@ class HttpServer:
         for listener in self._listeners:
             await listener.cancel()
         tasks = [task for connection in self._connections for task in connection.tasks]
+        tasks += [tunnel.task for tunnel in self._tunnels if tunnel.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -207,12 +216,12 @@ class HttpServer:
     def closed(self, connection: Connection) -> None:
         self._connections.discard(connection)
 
-    def took_over(self, protocol: asyncio.Protocol) -> None:
+    def took_over(self, tunnel: Tunnel) -> None:
         """A connection goes on as something else than HTTP."""
-        self._tunnels.add(protocol)
-
-    def tunnel_closed(self, protocol: asyncio.Protocol) -> None:
-        self._tunnels.discard(protocol)
+        self._tunnels.add(tunnel)
+        tunnel.on_closed = partial(self._tunnels.discard, tunnel)
+        if self.draining:
+            self.loop.call_soon(tunnel.going_away)
 
     def _sweep(self) -> None:
         self._timer = self.loop.call_later(_SWEEP_S, self._sweep)

@@ -8,22 +8,17 @@ object besides the waiter future.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from core import clock
 from gateway.http.errors import ExchangeError
-from gateway.http.message import NO_BODY
+from gateway.http.message import NO_BODY, Header
 from gateway.proxy.errors import BadUpstreamResponse, UpstreamClosed
-from gateway.proxy.headers import (
-    MAX_TRAILERS,
-    RESPONSE_SPECIAL,
-    Target,
-    connection_tokens,
-    may_trail,
-)
+from gateway.proxy.headers import RESPONSE_SPECIAL, connection_tokens
+from gateway.proxy.target import Endpoint
 
 # Above this many buffered body bytes the socket is no longer read: a slow client must cost a
 # bounded amount of memory. One read under uvloop delivers up to 256,000 bytes on top of it.
@@ -39,6 +34,19 @@ MAX_HEAD: Final = 64 * 1024
 
 # Interim (1xx) responses accepted before the final one.
 MAX_INTERIM: Final = 16
+
+MAX_TRAILERS: Final = 64
+
+# RFC 9110 section 6.5.1: what frames, routes or authenticates a message.
+NO_TRAILER: Final = RESPONSE_SPECIAL | {
+    b"authorization",
+    b"cache-control",
+    b"content-encoding",
+    b"content-range",
+    b"content-type",
+    b"host",
+    b"set-cookie",
+}
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -65,20 +73,24 @@ class UpstreamConnection(asyncio.Protocol):
         "_parser_clean",
         "_reading_paused",
         "_saw_close",
+        "_switched",
         "_transport",
         "_until_close",
+        "_upgrade",
         "_waiter",
         "_write_paused",
         "answered",
         "busy",
         "closed",
         "complete",
+        "endpoint",
         "error",
         "head_at",
         "head_done",
         "headers",
         "idle_epoch",
         "length",
+        "lifetime",
         "names_server",
         "pooled",
         "requests",
@@ -86,15 +98,17 @@ class UpstreamConnection(asyncio.Protocol):
         "status",
         "target",
         "trailers",
+        "worn",
     )
 
     def __init__(
         self,
-        target: Target,
+        endpoint: Endpoint,
         loop: asyncio.AbstractEventLoop,
         on_lost: Callable[[UpstreamConnection], None],
     ) -> None:
-        self.target = target
+        self.endpoint = endpoint
+        self.target = endpoint.target
         self._loop = loop
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
@@ -104,9 +118,12 @@ class UpstreamConnection(asyncio.Protocol):
         self._drain_waiter: asyncio.Future[None] | None = None
         self._write_paused = False
         self._reading_paused = False
+        self._upgrade = False
         self.busy = False
         self.closed = False
         self.pooled = False  # counted by the pool
+        self.lifetime: asyncio.TimerHandle | None = None  # the pool's, if it bounds its age
+        self.worn = False  # not to be kept: too old, or its endpoint or pool is gone
         self.idle_epoch = 0  # the pool's, when it became idle
         self.requests = 0  # how many it has carried
         self._reset(False)
@@ -128,17 +145,21 @@ class UpstreamConnection(asyncio.Protocol):
         self._buffered = 0
         self.length = -1  # declared content length; -1 unknown, -2 chunked
         self.names_server = False  # there is a Server field
-        self.trailers: list[tuple[bytes, bytes]] | None = None  # fields after the body
         self._gather = False
         self._until_close = False
         self._saw_close = False
+        self._switched = False
         self._named: tuple[bytes, ...] = ()
         self._fault = ""
+        self.trailers: Sequence[Header] = ()
 
     # The consumer's side
 
-    def begin(self, data: bytes, head_request: bool) -> None:
-        """Send a request head (and any body known already) and expect one answer."""
+    def begin(self, data: bytes, head_request: bool, upgrade: bool = False) -> None:
+        """Send a request head (and any body known already) and expect one answer.
+
+        With `upgrade` that may be 101: `detach()` then, and go on in the other protocol.
+        """
         if not self._parser_clean:
             self._parser = HttpResponseParser(self)
             self._parser_clean = True
@@ -146,6 +167,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._reset(head_request)
         else:
             self._head_request = head_request
+        self._upgrade = upgrade
         self.requests += 1
         self.busy = True
         if self._transport is not None and not self.closed:
@@ -206,6 +228,19 @@ class UpstreamConnection(asyncio.Protocol):
             self._drain_waiter = self._loop.create_future()
             await self._drain_waiter
 
+    def detach(self) -> tuple[asyncio.Transport, bytes]:
+        """After a 101: the socket, not being read, and what was read of the other protocol.
+
+        Raises:
+            BadUpstreamResponse: the connection has not switched, or was lost.
+        """
+        transport = self._transport
+        if transport is None or self.closed or not self._switched:
+            raise BadUpstreamResponse("101 without an Upgrade")
+        self._transport = None
+        self.closed = True
+        return transport, self.take()
+
     def finish(self) -> None:
         """The answer was consumed: go idle (`reusable`) without touching the socket."""
         self.busy = False
@@ -249,9 +284,10 @@ class UpstreamConnection(asyncio.Protocol):
         self.answered = True
         try:
             self._parser.feed_data(data)
-        except HttpParserUpgrade:
-            self.fail(BadUpstreamResponse("the upstream switched protocols unasked"))
-            return
+        except HttpParserUpgrade as switch:
+            if not self._switch(data[switch.args[0] :]):
+                self.fail(BadUpstreamResponse("the upstream switched protocols unasked"))
+                return
         except HttpParserError as exc:
             if not self.complete:
                 self.fail(BadUpstreamResponse(f"unreadable answer: {self._fault or exc}"))
@@ -297,10 +333,10 @@ class UpstreamConnection(asyncio.Protocol):
             self._refuse("bytes after the answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.head_done:
-            self._trailer(name.lower(), value)
-            return
         name = name.lower()
+        if self.head_done:
+            self._trailer(name, value)
+            return
         if name in RESPONSE_SPECIAL:
             self._special_header(name, value)
         else:
@@ -308,7 +344,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if status < 200:
+        if status < 200 and not (status == 101 and self._upgrade):
             self._skip_interim(status)
             return
         if status > 599:
@@ -317,7 +353,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.head_done = True
         if self._named:
             self.headers = [pair for pair in self.headers if pair[0] not in self._named]
-        if self._head_request or status in NO_BODY:
+        if self._head_request or status in NO_BODY or status == 101:
             self._complete_without_body()
         elif self.length == -1:
             self._until_close = True
@@ -366,12 +402,13 @@ class UpstreamConnection(asyncio.Protocol):
             self.headers.append((name, value))
 
     def _trailer(self, name: bytes, value: bytes) -> None:
-        trailers = self.trailers = self.trailers or []
+        """A field after the body. Those that frame or route a message have no place there."""
+        if name in NO_TRAILER or name in self._named:
+            return
         self._head_bytes += len(name) + len(value)
-        if self._head_bytes > MAX_HEAD or len(trailers) >= MAX_TRAILERS:
-            self._refuse("trailer fields without end")
-        if may_trail(name):
-            trailers.append((name, value))
+        if self._head_bytes > MAX_HEAD or len(self.trailers) >= MAX_TRAILERS:
+            self._refuse("too many trailer fields")
+        self.trailers = (*self.trailers, (name, value))
 
     def _refuse(self, fault: str) -> None:
         """Stop parsing: httptools turns the exception into an HttpParserError for feed_data."""
@@ -387,6 +424,17 @@ class UpstreamConnection(asyncio.Protocol):
         self._named = ()
         self._saw_close = False
 
+    def _switch(self, rest: bytes) -> bool:
+        """What follows is another protocol, and waits for whoever speaks it."""
+        if not self._upgrade or self.status != 101 or self._transport is None:
+            return False
+        self._switched = True
+        self.reusable = False
+        self._chunks = [rest] if rest else []
+        # not `_reading_paused`: taking what is there must not resume it
+        self._transport.pause_reading()
+        return True
+
     def _complete_without_body(self) -> None:
         """HEAD, 204, 304: the head is the message, whatever length it declares.
 
@@ -395,7 +443,8 @@ class UpstreamConnection(asyncio.Protocol):
         """
         self.complete = True
         self._parser_clean = False
-        self.reusable = not self._saw_close and self._parser.get_http_version() == "1.1"
+        keeps = not self._saw_close and self._parser.get_http_version() == "1.1"
+        self.reusable = keeps and self.status != 101
 
     def _wake(self) -> None:
         waiter = self._waiter

@@ -1,4 +1,4 @@
-"""What the heads of requests and responses share: hop-by-hop fields, targets, byte checks.
+"""What the heads of requests and responses share: hop-by-hop fields, byte checks.
 
 A header is a pair of bytes, the name in lower case.
 """
@@ -6,8 +6,7 @@ A header is a pair of bytes, the name in lower case.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final, NamedTuple
-from urllib.parse import urlsplit
+from typing import Final
 
 from gateway.http.errors import BadRequest
 from gateway.http.message import Header
@@ -31,45 +30,6 @@ HOP_BY_HOP: Final = frozenset(
 # Of a response: never passed on as they come, or of interest by their presence.
 RESPONSE_SPECIAL: Final = HOP_BY_HOP | {b"content-length", b"server"}
 
-# RFC 9110 section 6.5.1: what frames, routes, authenticates, modifies or describes a message has to
-# be known before its body; in a trailer it would get past whoever looked at the head.
-_NO_TRAILER: Final = HOP_BY_HOP | {
-    b"age",
-    b"authorization",
-    b"cache-control",
-    b"content-encoding",
-    b"content-length",
-    b"content-location",
-    b"content-range",
-    b"content-type",
-    b"cookie",
-    b"date",
-    b"expect",
-    b"expires",
-    b"forwarded",
-    b"host",
-    b"if-match",
-    b"if-modified-since",
-    b"if-none-match",
-    b"if-range",
-    b"if-unmodified-since",
-    b"location",
-    b"max-forwards",
-    b"pragma",
-    b"range",
-    b"retry-after",
-    b"set-cookie",
-    b"vary",
-    b"www-authenticate",
-    b"x-api-key",
-    b"x-real-ip",
-    b"x-request-id",
-}
-
-# An answer with more trailer fields than this is broken off; of a request, they are bounded as its
-# header fields are.
-MAX_TRAILERS: Final = 64
-
 # Fields that `Connection` may not remove: they carry framing and routing, so naming them would let
 # a sender change what the next hop reads.
 _NOT_REMOVABLE: Final = frozenset((b"host", b"content-length", b"content-type", b"authorization"))
@@ -78,39 +38,6 @@ _TOKEN: Final = frozenset(
     b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 )
 _VALUE_FORBIDDEN: Final = frozenset(range(32)) - {9} | {127}
-
-
-class Target(NamedTuple):
-    """One address of an upstream. `authority` is sent as Host; `base` is put before each path."""
-
-    host: str
-    port: int
-    authority: bytes
-    base: bytes
-
-
-def parse_target(url: str) -> Target:
-    """A target from `http://host[:port][/base]`.
-
-    Raises:
-        ValueError: not plain http, or with user, query or fragment.
-    """
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise ValueError(f"{url!r}: an upstream URL looks like http://host:port")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError(f"{url!r}: an upstream URL has no user, query or fragment")
-    port = parts.port or 80
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    authority = host if port == 80 else f"{host}:{port}"
-    base = parts.path.rstrip("/").encode("ascii")
-    check_header(b"host", authority.encode("idna" if not authority.isascii() else "ascii"))
-    return Target(parts.hostname, port, authority.encode("ascii"), base)
-
-
-def may_trail(name: bytes) -> bool:
-    """Whether a field of this (lower-case) name is passed on after a body."""
-    return name not in _NO_TRAILER and not name.startswith((b"x-forwarded-", b"x-ratelimit-"))
 
 
 def connection_tokens(value: bytes) -> tuple[bytes, ...]:

@@ -18,8 +18,9 @@ from core.secrets import KEY_START
 from gateway.forwarded import TrustedProxies, forwarded_nodes
 from gateway.http.errors import BadRequest, PayloadTooLarge
 from gateway.http.message import Header, Request
-from gateway.proxy.headers import HOP_BY_HOP, Target, connection_tokens
+from gateway.proxy.headers import HOP_BY_HOP, connection_tokens
 from gateway.proxy.rewrite import HOST_BYTES, Facts, HeaderEdits
+from gateway.proxy.target import Target
 
 _FORWARDED: Final = frozenset(
     (
@@ -49,6 +50,9 @@ _DROPPED: Final = (HOP_BY_HOP | {b"expect", b"http2-settings"}) - _READ
 
 _IDENTITY: Final = b"accept-encoding: identity\r\n"
 
+# What a client may not say after its body, where some upstreams would take it for a header.
+NOT_IN_TRAILERS: Final = _READ | _DROPPED | {b"cookie", b"x-api-key"}
+
 _KEY_START: Final = KEY_START.encode()
 
 _PROTO: Final = {
@@ -74,6 +78,7 @@ class RequestHead(NamedTuple):
     request_id: bytes
     host: bytes = b""
     max_body: int = UNLIMITED
+    upgrade: bool = False  # the answer may be 101
 
     def to(self, target: Target) -> bytes:
         """The head as sent to `target`, with the empty line that ends it."""
@@ -213,8 +218,6 @@ class RequestRules:
                 forwarded.append((name, value))
             elif name in self._key_headers and _KEY_START not in value:
                 lines.append(b"%b: %b\r\n" % (name, value))
-        if request.body_length < 0:
-            chunked = True  # over HTTP/2 no field says so
         if named:
             lines = [line for line in lines if line.partition(b":")[0] not in named]
         if not host:
@@ -236,6 +239,8 @@ class RequestRules:
             facts = Facts(request, request_id, self._trusted, self._route, plan, subscription)
             lines += [b"%b: %b\r\n" % pair for pair in self._edits.fields.of(facts)]
         body_length = 0
+        if request.body_length < 0:
+            chunked = True  # over HTTP/2 no field says so
         if length or chunked:
             body_length = _framing(lines, length, chunked)
             if body_length > self._max_body:

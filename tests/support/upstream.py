@@ -9,6 +9,7 @@
     GET /…/costs?is=N    says that it cost N, in X-Usage-Cost
     GET /…/opened        has CORS fields of its own
     *   /…/status?code=N answers with this status
+    *   /…/flaky?times=N 503 to the first N requests under this X-Who, then 200
     *   anything else    200, a few bytes
 
 A request is counted when it arrives, under `<X-Who> <path>`. With a JOURNAL its X-Request-Id and
@@ -80,6 +81,8 @@ class Upstream(asyncio.Protocol):
         name = f"{who} {path}"
         served[name] += 1
         code = int(parse_qs(query)["code"][0]) if path.endswith("/status") else 200
+        if path.endswith("/flaky") and served[name] <= int(parse_qs(query)["times"][0]):
+            code = 503
         if journal >= 0:
             sent = next((value for name, value in self.headers if name == "x-request-id"), "-")
             os.write(journal, f"{sent} {code}\n".encode())

@@ -54,8 +54,8 @@ class Peer:
             while size := int(await self.reader.readuntil(CRLF), 16):
                 request.body += await self.reader.readexactly(size)
                 await self.reader.readexactly(2)
-            while line := (await self.reader.readuntil(CRLF))[:-2].decode("latin-1"):
-                name, _, value = line.partition(": ")
+            while (line := await self.reader.readuntil(CRLF)) != CRLF:
+                name, _, value = line.decode("latin-1").strip().partition(": ")
                 request.trailers.append((name, value))
         elif length := request.get("content-length"):
             request.body = await self.reader.readexactly(int(length[0]))
@@ -237,6 +237,6 @@ class Client:
             yield await self.reader.readexactly(size)
             await self.reader.readexactly(2)
         self.trailers = []
-        while line := (await self.reader.readuntil(CRLF))[:-2].decode("latin-1"):
-            name, _, value = line.partition(": ")
+        while (line := await self.reader.readuntil(CRLF)) != CRLF:
+            name, _, value = line.decode("latin-1").strip().partition(": ")
             self.trailers.append((name, value))

@@ -7,8 +7,8 @@ import pytest
 from core.config import loads
 from gateway.http.errors import BadRequest, PayloadTooLarge
 from gateway.http.message import Request
-from gateway.proxy.headers import parse_target
 from gateway.proxy.request import RequestHead
+from gateway.proxy.target import parse_target
 from gateway.runtime import RouteRuntime, Runtime
 
 Pair = tuple[bytes, bytes]
