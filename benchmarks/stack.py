@@ -1,4 +1,4 @@
-"""Brings up what is measured: embedded stores, stub upstream, gateway; pinned where possible."""
+"""Brings up what is measured: embedded stores, an upstream, gateways; pinned where possible."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+from benchmarks.processes import children, pin, pinned, start, wait_ready
 from cli.embedded import EmbeddedPostgres, EmbeddedValkey, free_port
 from core.db import connect_pool, migrate
 from core.directory import create_creator, create_customer, create_key, create_subscription
@@ -58,35 +58,62 @@ log: {{level: warning}}
 PLANS = ("four_limits", "demo", "exhausted", "unlimited")
 
 
+@dataclass(frozen=True)
+class Cores:
+    """Which cores do what. With two, the gateway has one and everything else the other."""
+
+    gateway: str
+    second: str  # of a second worker
+    redis: str
+    upstream: str
+    client: str
+
+    @classmethod
+    def of_machine(cls) -> Cores:
+        if (os.cpu_count() or 1) >= 4:
+            return cls(gateway="0", second="1", redis="2", upstream="3", client="3")
+        return cls(gateway="0", second="1", redis="1", upstream="1", client="1")
+
+    @property
+    def apart(self) -> bool:
+        """A second worker has a core of its own."""
+        return self.second != self.redis
+
+
 @dataclass
 class Stack:
     """Ports and process ids of a running stack; `keys` by plan."""
 
-    gateway_port: int
+    folder: Path
     upstream_port: int
-    gateway_pids: list[int]
     valkey_pid: int
     valkey_url: str
+    postgres_url: str
     keys: dict[str, list[str]]
+    config: Path
+    environment: dict[str, str]
+    cores: Cores
+    cleanup: ExitStack
+    gateway_port: int = 0
+    gateway_pids: list[int] = field(default_factory=list)
+    reconciler_pid: int = 0
 
+    def start_gateway(self, workers: int = 1, cores: str | None = None) -> tuple[int, list[int]]:
+        """One more gateway on the same stores: its port and the ids of its workers."""
+        port = free_port()
+        process = self.start(
+            cores or self.cores.gateway,
+            *("gateway", "--config", str(self.config), "--workers", str(workers)),
+            *("--listen", f"127.0.0.1:{port}"),
+        )
+        wait_ready(f"http://127.0.0.1:{port}/-/readyz")
+        return port, children(process.pid)
 
-def pinned(core: int, command: list[str]) -> list[str]:
-    """The command on one core, where the machine has more than one and `taskset` exists."""
-    if (os.cpu_count() or 1) < 2 or not Path("/usr/bin/taskset").exists():
-        return command
-    return ["taskset", "-c", str(core), *command]
-
-
-def _wait(url: str) -> None:
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=1):
-                return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+    def start(self, cores: str, *module: str) -> subprocess.Popen[bytes]:
+        """`python -m <module>` on these cores, with the stack's environment, until its end."""
+        command = pinned(cores, [sys.executable, "-m", *module])
+        log = self.folder / f"{module[0]}-{free_port()}.log"
+        return start(self.cleanup, command, env=self.environment, log=log)
 
 
 async def _prepare(url: str, count: int) -> dict[str, list[str]]:
@@ -108,16 +135,37 @@ async def _prepare(url: str, count: int) -> dict[str, list[str]]:
 
 
 @contextmanager
-def running(*, appendfsync: str, subscriptions: int, workers: int = 1) -> Iterator[Stack]:
-    """A stack that lasts as long as the context; the gateway on core 0, all else on core 1."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+def running(
+    *,
+    appendfsync: Literal["always", "everysec"],
+    subscriptions: int,
+    workers: int = 1,
+    upstream_port: int | None = None,
+    reconciler: bool = False,
+    redis: Path | None = None,
+) -> Iterator[Stack]:
+    """A stack that lasts as long as the context.
+
+    Args:
+        appendfsync: of the Redis server, which may be switched while it runs.
+        subscriptions: how many for each plan, one key each.
+        workers: of the gateway.
+        upstream_port: an upstream that is there already; without it, the stub is started.
+        reconciler: run one, as in production.
+        redis: another server binary than the embedded Valkey.
+    """
+    cores = Cores.of_machine()
+    with ExitStack() as cleanup:
+        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         folder.chmod(0o711)
-        valkey = stack.enter_context(EmbeddedValkey(folder / "v", appendfsync=appendfsync))
-        postgres = stack.enter_context(EmbeddedPostgres(folder / "p"))
-        subprocess.run(["taskset", "-cp", "1", str(valkey.pid)], check=False, capture_output=True)
+        valkey = cleanup.enter_context(
+            EmbeddedValkey(folder / "v", appendfsync=appendfsync, binary=redis)
+        )
+        postgres = cleanup.enter_context(EmbeddedPostgres(folder / "p"))
+        assert valkey.pid is not None
+        pin(valkey.pid, cores.redis)
         keys = asyncio.run(_prepare(postgres.url, subscriptions))
-        upstream, gateway = free_port(), free_port()
+        upstream = upstream_port or free_port()
         config = folder / "config.yaml"
         config.write_text(CONFIG.format(upstream=upstream))
         environment = os.environ | {
@@ -126,25 +174,22 @@ def running(*, appendfsync: str, subscriptions: int, workers: int = 1) -> Iterat
             "TALLYGATE_KEY_PEPPER": PEPPER,
             "TALLYGATE_METRICS_DIR": str(folder / "metrics"),
         }
-
-        def start(core: int, *arguments: str) -> subprocess.Popen[bytes]:
-            process = subprocess.Popen(
-                pinned(core, [sys.executable, "-m", *arguments]), env=environment
-            )
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
-            return process
-
-        start(1, "benchmarks.stub_upstream", "--port", str(upstream))
-        process = start(
-            0,
-            *("gateway", "--config", str(config), "--workers", str(workers)),
-            *("--listen", f"127.0.0.1:{gateway}"),
+        stack = Stack(
+            folder=folder,
+            upstream_port=upstream,
+            valkey_pid=valkey.pid,
+            valkey_url=valkey.url,
+            postgres_url=postgres.url,
+            keys=keys,
+            config=config,
+            environment=environment,
+            cores=cores,
+            cleanup=cleanup,
         )
-        _wait(f"http://127.0.0.1:{gateway}/-/readyz")
-        yield Stack(gateway, upstream, _children(process.pid), valkey.pid or 0, valkey.url, keys)
-
-
-def _children(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(word) for word in text.split()]
+        if upstream_port is None:
+            stack.start(cores.upstream, "benchmarks.stub_upstream", "--port", str(upstream))
+        if reconciler:
+            process = stack.start(cores.redis, "reconciler", "--config", str(config))
+            stack.reconciler_pid = process.pid
+        stack.gateway_port, stack.gateway_pids = stack.start_gateway(workers)
+        yield stack

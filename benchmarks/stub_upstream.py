@@ -1,7 +1,7 @@
-"""The upstream of the benchmarks: the smallest HTTP/1.1 server that keeps connections alive.
+"""The upstream of the benchmarks without nginx: a small HTTP/1.1 server that keeps connections.
 
-One answer of fixed size for every request without a body. It does as little as possible so that
-what is measured is the gateway.
+One answer of fixed size for every request without a body: 1 KiB for /1k, 64 KiB for /64k. It does
+as little as possible so that what is measured is the gateway.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import uvloop
 _END = b"\r\n\r\n"
 
 
+def _answer(size: int) -> bytes:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: %d\r\n\r\n"
+    return head % size + b"x" * size
+
+
 def _protocol(size: int) -> type[asyncio.Protocol]:
-    body = b"x" * size
-    answer = (
-        b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: %d\r\n\r\n" % size + body
-    )
+    answers = {b"GET /1k ": _answer(1024), b"GET /64k": _answer(65536)}
+    other = _answer(size)
 
     class Stub(asyncio.Protocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -31,7 +34,7 @@ def _protocol(size: int) -> type[asyncio.Protocol]:
             requests = data.count(_END)
             if requests:
                 self._rest = data[data.rindex(_END) + 4 :]
-                self._transport.write(answer * requests)
+                self._transport.write(answers.get(data[:8], other) * requests)
             else:
                 self._rest = data
 
