@@ -29,13 +29,16 @@ from gateway.admission.check import Unresolved
 from gateway.admission.leases import Leases
 from gateway.admission.limiter import Limiter
 from gateway.admission.settler import Settler
+from gateway.answers import problems
 from gateway.answers.headers import SERVER
 from gateway.auth import Authenticator, KeyCache, KeyExtractor, KeyLoader
+from gateway.http.exchange import Exchange
+from gateway.http.message import Header
 from gateway.outage import entries, open_journal
 from gateway.outage.commit import SpoolUnavailable
 from gateway.outage.decide import Outage
 from gateway.outage.replay import Replay
-from gateway.responder import Receive, Responder, Scope, Send
+from gateway.responder import Responder
 from gateway.runtime import Runtime
 from gateway.settings import required
 
@@ -50,7 +53,7 @@ _STORE_TIMEOUT_S = 1.0
 
 
 class Gateway:
-    """The ASGI application of one worker. `await open()` first, `await close()` at the end."""
+    """What one worker does with requests. `await open()` first, `await close()` at the end."""
 
     def __init__(self, path: Path, snapshot: Snapshot, workers: int = 1) -> None:
         settings = snapshot.settings
@@ -196,19 +199,22 @@ class Gateway:
         )
         return Responder(runtime, authenticator, self._limiter, self.local)
 
-    # ASGI
+    # Requests
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1011})
-            return
-        path = scope["path"]
+    async def __call__(self, exchange: Exchange) -> None:
+        path = exchange.request.path
         if path.startswith("/-/") and path in (HEALTH_PATH, READY_PATH):
-            await self._health(path, send)
+            self._health(path, exchange)
             return
-        await self._respond(scope, receive, send)
+        await self._respond(exchange)
 
-    async def _health(self, path: str, send: Send) -> None:
+    def refuse(self, status: int, code: str, detail: str) -> tuple[list[Header], bytes]:
+        """The answer to what is no request."""
+        self.metrics.unreadable_requests.labels(code).inc()
+        problem = problems.unreadable(status, code, detail)
+        return [*problem.headers, SERVER], problem.body
+
+    def _health(self, path: str, exchange: Exchange) -> None:
         # Postgres being away is no reason to take a worker out: cached keys go on working.
         ready = path == HEALTH_PATH or self._batcher.connected
         body = orjson.dumps(
@@ -221,14 +227,10 @@ class Gateway:
         )
         headers = [
             (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
             (b"cache-control", b"no-store"),
             SERVER,
         ]
-        await send(
-            {"type": "http.response.start", "status": 200 if ready else 503, "headers": headers}
-        )
-        await send({"type": "http.response.body", "body": body})
+        exchange.respond(200 if ready else 503, headers, body)
 
     # Events
 

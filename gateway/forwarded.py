@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -57,21 +57,19 @@ class TrustedProxies:
             parsed.version == network.version and parsed in network for network in self._networks
         )
 
-    def client_ip(
-        self, scope: Mapping[str, Any], headers: Iterable[tuple[bytes, bytes]] | None = None
-    ) -> str:
+    def client_ip(self, peer: str, headers: Iterable[tuple[bytes, bytes]]) -> str:
         """The client's address as text, without port; the peer's own when it is not trusted.
 
         X-Forwarded-For is believed where both fields are there, Forwarded only in its absence: a
         trusted proxy has to set the one or remove it, or its clients may write it themselves.
 
-        `headers` are the scope's unless given. A claim that is no address ends the walk: the
-        nearest proxy before it is then the client, as in "unknown" or an obfuscated node.
+        A claim that is no address ends the walk: the nearest proxy before it is then the client,
+        as in "unknown" or an obfuscated node.
         """
-        client: str = scope["client"][0]
+        client = peer
         if not self._networks or not self.trusts(client):
             return client
-        for claim in reversed(_claims(scope["headers"] if headers is None else headers)):
+        for claim in reversed(_claims(headers)):
             parsed = _parse(claim)
             if parsed is None:
                 return client

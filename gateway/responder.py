@@ -7,7 +7,6 @@ reaches an upstream was counted durably before.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import Any
 
@@ -24,20 +23,13 @@ from gateway.auth import Authenticator
 from gateway.auth import Outcome as Auth
 from gateway.auth.keycache import Subscription
 from gateway.forwarded import client_group
-from gateway.proxy.errors import (
-    BadRequest,
-    ClientDisconnected,
-    PoolExhausted,
-    ProxyError,
-    RequestTimeout,
-)
+from gateway.http.errors import BadRequest, ClientDisconnected, RequestTimeout
+from gateway.http.exchange import Exchange
+from gateway.http.message import Request
+from gateway.proxy.errors import PoolExhausted, ProxyError
 from gateway.proxy.relay import Outcome, RelayResult, relay
 from gateway.proxy.request import MAX_REQUEST_ID, RequestHead
 from gateway.runtime import PlanOnRoute, RouteRuntime, Runtime
-
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 # What a client is told when no decision can be had: short, since a restart of Redis is.
 _OUTAGE_RETRY_S = 1
@@ -77,34 +69,35 @@ class Responder:
         self._id_prefix = f"req_{ids.ulid()}_"
         self._id_numbers = count(1)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, exchange: Exchange) -> None:
         """One request. Exactly one outcome is recorded for it, whatever happens."""
         metrics = self._metrics
+        request = exchange.request
         # Ours identifies leases and decisions. What everybody quotes is the client's own, if it
         # sent one: the same in the answer, in our log and upstream.
         own_id = f"{self._id_prefix}{next(self._id_numbers):x}"
-        request_id = _sent_id(scope) or own_id
+        request_id = _sent_id(request) or own_id
         route_name = plan_name = subject = ""
         outcome = "error"
         decision: Decision | None = None
         metrics.in_flight += 1
         try:
-            route = self._match(scope, request_id)
+            route = self._match(request, request_id)
             route_name = route.route.name
             if route.anonymous is not None:
                 on_route = route.anonymous
                 plan_name = on_route.plan.name
-                head = self._head(route, None, scope, request_id)
-                client = client_group(self.runtime.trusted.client_ip(scope))
+                head = self._head(route, None, request, request_id)
+                client = client_group(self.runtime.trusted.client_ip(request.peer, request.headers))
                 subject = f"ip:{plan_name}:{client}"
                 started = clock.monotonic()
                 decision = await self._limiter.admit_anonymous(on_route.admission, subject, own_id)
             else:
-                subscription, source = await self._authenticate(scope, request_id)
+                subscription, source = await self._authenticate(request, request_id)
                 subject = subscription.id
                 on_route = self._plan(route, subscription, request_id)
                 plan_name = subscription.plan
-                head = self._head(route, source, scope, request_id)
+                head = self._head(route, source, request, request_id)
                 started = clock.monotonic()
                 decision = await self._limiter.admit(on_route.admission, subscription, own_id)
             metrics.admission.observe(clock.monotonic() - started)
@@ -114,67 +107,64 @@ class Responder:
             limit_headers.append((b"x-request-id", request_id.encode()))
             started = clock.monotonic()
             result = await relay(
-                receive,
-                send,
+                exchange,
                 pool=route.pool,
                 head=head,
                 extra_response_headers=limit_headers,
                 drop_response_headers=self.runtime.drop_response_headers,
-                default_response_header=SERVER,
+                default_server=SERVER,
                 before_start=decision.charge.answered if decision.charge is not None else None,
             )
             outcome = self._relayed(result, route, decision)
         except Refusal as refusal:
             outcome = refusal.outcome
-            await self._refuse(
-                refusal, scope, send, subject, route_name, plan_name, request_id, own_id
-            )
+            self._refuse(refusal, exchange, subject, route_name, plan_name, request_id, own_id)
         except StoreUnavailableError as error:
             outcome = "outage"
             problem = problems.temporary_reduced_capacity(_OUTAGE_RETRY_S, request_id=request_id)
-            await self._refuse(
+            self._refuse(
                 Refusal(problem, outcome, str(error)),
-                scope, send, subject, route_name, plan_name, request_id, own_id,
+                exchange, subject, route_name, plan_name, request_id, own_id,
             )  # fmt: skip
         except ClientDisconnected:
             outcome = "client_gone"
         except (BadRequest, RequestTimeout) as error:
             outcome = "bad_request"
             problem = _client_error(error, request_id)
-            await self._refuse(
+            self._refuse(
                 Refusal(problem, outcome, error.code),
-                scope, send, subject, route_name, plan_name, request_id, own_id,
+                exchange, subject, route_name, plan_name, request_id, own_id,
             )  # fmt: skip
         except ProxyError as error:
             outcome = "upstream_error"
             upstream = route.pool.upstream
             metrics.upstream_errors.inc(upstream.name, error.code)
             self._upstream_seconds[upstream.name].observe(clock.monotonic() - started)
-            await self._refuse(
+            self._refuse(
                 Refusal(_upstream_problem(error, upstream, request_id), outcome,
                         f"{error.code}: {error}"),
-                scope, send, subject, route_name, plan_name, request_id, own_id,
+                exchange, subject, route_name, plan_name, request_id, own_id,
             )  # fmt: skip
         except asyncio.CancelledError:
             outcome = "shutdown"  # longer than the drain: the server cuts it off
             raise
         except Exception:
             logs.get_logger().exception("request_failed", request_id=request_id, route=route_name)
-            await self._answer(
-                problems.internal_error(request_id=request_id), scope, send, request_id
-            )
+            if not exchange.started:
+                self._answer(problems.internal_error(request_id=request_id), exchange, request_id)
         finally:
             # First of all: a slot that stays taken would refuse others.
             if decision is not None:
                 self._limiter.release(decision)
+            exchange.abort()  # nothing to do, as nearly always, for one that has ended
             metrics.in_flight -= 1
             metrics.record(route_name, plan_name, outcome)
             if self._access_log:
                 logs.get_logger().info(
                     "request",
                     request_id=request_id,
-                    method=scope["method"],
-                    path=scope["path"],
+                    method=request.method,
+                    path=request.path,
                     route=route_name,
                     subject=subject,
                     plan=plan_name,
@@ -183,8 +173,8 @@ class Responder:
 
     # Steps
 
-    def _match(self, scope: Scope, request_id: str) -> RouteRuntime:
-        path: str = scope["path"]
+    def _match(self, request: Request, request_id: str) -> RouteRuntime:
+        path = request.path
         if "/." in path and any(part in (".", "..") for part in path.split("/")):
             # An upstream that resolves them would serve another path than the one we matched.
             problem = problems.bad_request(
@@ -193,8 +183,8 @@ class Responder:
             )
             raise Refusal(problem, "bad_request", "dot-segments")
         runtime = self.runtime
-        host = _host(scope) if runtime.match_host else ""
-        route = runtime.router.match(path, scope["method"], host)
+        host = _host(request) if runtime.match_host else ""
+        route = runtime.router.match(path, request.method, host)
         if route is not None:
             return route
         allowed = runtime.router.allowed(path, host)
@@ -203,8 +193,8 @@ class Responder:
             raise Refusal(problem, "unrouted", "method-not-allowed")
         raise Refusal(problems.not_found(request_id=request_id), "unrouted", "not-found")
 
-    async def _authenticate(self, scope: Scope, request_id: str) -> tuple[Subscription, Any]:
-        headers, query = scope["headers"], scope["query_string"]
+    async def _authenticate(self, request: Request, request_id: str) -> tuple[Subscription, Any]:
+        headers, query = request.headers, request.query
         outcome, entry, source = self._authenticator.authenticate(headers, query)
         metrics = self._metrics
         if outcome is Auth.PENDING:
@@ -249,9 +239,9 @@ class Responder:
         return on_route
 
     @staticmethod
-    def _head(route: RouteRuntime, source: Any, scope: Scope, request_id: str) -> RequestHead:
+    def _head(route: RouteRuntime, source: Any, request: Request, request_id: str) -> RequestHead:
         try:
-            return route.rules(source).head(scope, request_id.encode())
+            return route.rules(source).head(request, request_id.encode())
         except BadRequest as error:
             problem = _client_error(error, request_id)
             raise Refusal(problem, "bad_request", error.code) from None
@@ -282,11 +272,10 @@ class Responder:
         self._metrics.upstream_errors.inc(upstream, result.error.code if result.error else "broken")
         return "upstream_error"
 
-    async def _refuse(
+    def _refuse(
         self,
         refusal: Refusal,
-        scope: Scope,
-        send: Send,
+        exchange: Exchange,
         subject: str,
         route: str,
         plan: str,
@@ -299,14 +288,12 @@ class Responder:
             problem = problems.with_decision(problem, decision_id)
         status, reason = problem.status, refusal.reason
         logs.rejection(status, reason, subject, route, plan, request_id, decision_id)
-        await self._answer(problem, scope, send, request_id)
+        self._answer(problem, exchange, request_id)
 
     @staticmethod
-    async def _answer(problem: Problem, scope: Scope, send: Send, request_id: str) -> None:
+    def _answer(problem: Problem, exchange: Exchange, request_id: str) -> None:
         headers = [*problem.headers, (b"x-request-id", request_id.encode()), SERVER]
-        await send({"type": "http.response.start", "status": problem.status, "headers": headers})
-        body = b"" if scope["method"] == "HEAD" else problem.body
-        await send({"type": "http.response.body", "body": body})
+        exchange.respond(problem.status, headers, problem.body)
 
 
 def _upstream_problem(error: ProxyError, upstream: Upstream, request_id: str) -> Problem:
@@ -327,9 +314,9 @@ def _decision_id(own_id: str) -> str:
     return "dec_" + own_id.removeprefix("req_")
 
 
-def _sent_id(scope: Scope) -> str:
+def _sent_id(request: Request) -> str:
     """The client's X-Request-Id, if it is one that can be repeated; else empty."""
-    for name, value in scope["headers"]:
+    for name, value in request.headers:
         if name == b"x-request-id":
             text: str = value.decode("latin-1")
             if len(text) <= MAX_REQUEST_ID and text.isascii() and text.isprintable():
@@ -337,8 +324,8 @@ def _sent_id(scope: Scope) -> str:
     return ""
 
 
-def _host(scope: Scope) -> str:
-    for name, value in scope["headers"]:
+def _host(request: Request) -> str:
+    for name, value in request.headers:
         if name == b"host":
             host: str = value.decode("latin-1").lower()
             if host.startswith("["):

@@ -1,7 +1,7 @@
 """One gateway worker: a process with one event loop behind a listening socket of its own.
 
-Workers share the port through SO_REUSEPORT (Granian sets it), so the kernel spreads connections
-and a worker that dies takes only its own with it.
+Workers share the port through SO_REUSEPORT, so the kernel spreads connections and a worker that
+dies takes only its own with it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import gc
 import os
 import resource
 import signal
+import socket
 import sys
 from pathlib import Path
 
 import uvloop
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings
-from granian.log import LogLevels
-from granian.server.embed import Server
 
 from core.config import Address, Snapshot, load
 from core.errors import TallygateError
 from core.telemetry import logs
 from gateway.app import Gateway
+from gateway.http.server import HttpServer, Limits
+from gateway.proxy import watch
 
 _log = logs.get_logger()
 
@@ -32,13 +31,7 @@ _log = logs.get_logger()
 _BACKPRESSURE = 65_536
 _RESERVED_FILES = 64
 _FEW_FILES = 4_096
-# How long a connection may be idle or take to send a head. Load balancers keep theirs for about a
-# minute and must not meet one that we are just closing.
-_KEEPALIVE_MS = 75_000
-_BACKLOG = 2_048
 _GC_THRESHOLD = (20_000, 20, 100)
-# Granian's default of 400 KiB is what a slow reader costs; our pieces are at most 64 KiB.
-_WRITE_BUFFER = 128 * 1024
 
 
 def run(config: Path, listen: Address | None, ready_fd: int = -1, workers: int = 1) -> int:
@@ -71,42 +64,49 @@ async def _serve(
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLD)
-    server = Server(
+    client = snapshot.settings.gateway.client
+    watch.current().body_ticks = watch.ticks(client.body_timeout_ms / 1000)
+    server = HttpServer(
         gateway,
-        address=listen.host,
-        port=listen.port,
-        interface=Interfaces.ASGINL,
-        http=HTTPModes.http1,
-        http1_settings=HTTP1Settings(
-            header_read_timeout=_KEEPALIVE_MS, max_buffer_size=_WRITE_BUFFER
+        limits=Limits(
+            head=client.max_head,
+            target=client.max_url,
+            fields=client.max_fields,
+            head_s=-(-client.head_timeout_ms // 1000),
+            keepalive_s=-(-client.idle_timeout_ms // 1000),
+            connections=_connections(snapshot),
         ),
-        backlog=_BACKLOG,
-        backpressure=_connections(snapshot),
-        websockets=False,
-        log_level=LogLevels.error,
-        log_dictconfig=logs.GRANIAN_LOGGING,
+        refuse=gateway.refuse,
     )
-    server.workers_kill_timeout = max(1, snapshot.settings.gateway.drain_ms // 1000)
+    stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, server.stop)
+        loop.add_signal_handler(signum, stopped.set)
     loop.add_signal_handler(signal.SIGHUP, gateway.config.reload)
-    gateway.on_fatal = server.stop
-
-    def on_startup() -> None:  # called once the socket is bound
-        if ready_fd >= 0:
-            os.write(ready_fd, b"1")
-            os.close(ready_fd)
-
-    server.on_startup(on_startup)
+    gateway.on_fatal = stopped.set
     try:
         if gateway.fatal is None:
-            await server.serve()
+            await server.listen(_bind(listen))
+            if ready_fd >= 0:
+                os.write(ready_fd, b"1")
+                os.close(ready_fd)
+            await stopped.wait()
+            await server.drain(snapshot.settings.gateway.drain_ms / 1000)
     finally:
+        await server.close()
         await gateway.close()
         _log.info("stopped")
     if gateway.fatal is not None:
         raise gateway.fatal
+
+
+def _bind(listen: Address) -> socket.socket:
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind((listen.host, listen.port))
+    return sock
 
 
 def _connections(snapshot: Snapshot) -> int:

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_v
 
 from core.config.base import Section
 from core.config.catalog import MeterSpec, PlanSpec, RouteSpec, UpstreamSpec
+from core.config.client import ClientSettings
 from core.config.fields import (
     Address,
     BatchSize,
@@ -123,6 +124,9 @@ class GatewaySettings(Section):
     trusted_proxies: tuple[Cidr, ...] = Field(
         default=(),
         description="Networks (CIDR) whose X-Forwarded-For is believed; nobody by default.",
+    )
+    client: ClientSettings = Field(
+        default_factory=ClientSettings, description="Sizes and times of clients' requests."
     )
     headers: HeaderSettings = Field(
         default_factory=HeaderSettings, description="Which limit headers an answer carries."

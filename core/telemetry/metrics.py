@@ -78,6 +78,15 @@ class Metrics:
         self.requests_in_flight = _gauge(
             "requests_in_flight", "Requests being served at this moment.", "livesum"
         )
+        self.unreadable_requests = _counter(
+            "unreadable_requests_total",
+            "What clients sent that is no request and was answered before any route, by the "
+            "problem's type; the connection is closed.",
+            "code",
+        )
+        self.client_connections = _gauge(
+            "client_connections", "Connections of clients that are open.", "livesum"
+        )
         self.admission_seconds = _histogram(
             "admission_seconds",
             "Time a request waited for its decision, batching and Redis included.",

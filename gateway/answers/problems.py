@@ -1,8 +1,8 @@
 """RFC 9457 answers for everything the gateway refuses or cannot do.
 
-Each function returns a `Problem`: status, headers (lower-case names, content-length included) and
+Each function returns a `Problem`: status, headers (lower-case names) and
 the JSON body. Every body carries `type`, `title`, `status`, `detail` and `request_id`. None may be
-cached. The caller leaves the body out for HEAD and keeps the headers.
+cached. Length and HEAD are the exchange's affair.
 
 Types that a standard names are absolute (`https://iana.org/assignments/http-problem-types#...`),
 ours are URNs, which promise no web page: `urn:tallygate:problem:<slug>`. A payment problem is 402
@@ -283,12 +283,16 @@ def internal_error(*, request_id: str) -> Problem:
     )
 
 
+def unreadable(status: int, code: str, detail: str) -> Problem:
+    """4xx, 501, 505: what was sent is no request, so it has no id either."""
+    members = {"type": OWN_BASE + code, "title": "Bad request", "status": status, "detail": detail}
+    return Problem(status, list(_COMMON), orjson.dumps(members))
+
+
 def with_decision(problem: Problem, decision_id: str) -> Problem:
     """The same answer with the id that support looks up in the log."""
     body = orjson.dumps({**orjson.loads(problem.body), "decision_id": decision_id})
-    headers = [pair for pair in problem.headers if pair[0] != b"content-length"]
-    headers.append((b"content-length", b"%d" % len(body)))
-    return Problem(problem.status, headers, body)
+    return Problem(problem.status, problem.headers, body)
 
 
 def _problem(
@@ -310,7 +314,7 @@ def _problem(
     if extra:
         members.update(extra)
     body = orjson.dumps(members)
-    return Problem(status, [*_COMMON, (b"content-length", b"%d" % len(body)), *headers], body)
+    return Problem(status, [*_COMMON, *headers], body)
 
 
 def _quota_detail(state: LimitState, reset_s: int) -> str:

@@ -62,7 +62,7 @@ class Authenticator:
     def authenticate(self, headers: Headers, query_string: bytes) -> Authentication:
         """Who is calling, as far as this process knows; never waits.
 
-        `headers` and `query_string` are those of the ASGI scope.
+        `headers` and `query_string` are the request's.
         """
         key, source = self._extract(headers, query_string)
         if key is None:

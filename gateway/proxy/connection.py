@@ -14,7 +14,9 @@ from typing import Final, cast
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from core import clock
-from gateway.proxy.errors import BadUpstreamResponse, ProxyError, UpstreamClosed
+from gateway.http.errors import ExchangeError
+from gateway.http.message import NO_BODY
+from gateway.proxy.errors import BadUpstreamResponse, UpstreamClosed
 from gateway.proxy.headers import RESPONSE_SPECIAL, Target, connection_tokens
 
 # Above this many buffered body bytes the socket is no longer read: a slow client must cost a
@@ -31,8 +33,6 @@ MAX_HEAD: Final = 64 * 1024
 
 # Interim (1xx) responses accepted before the final one.
 MAX_INTERIM: Final = 16
-
-NO_BODY: Final = frozenset((204, 304))
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -52,7 +52,6 @@ class UpstreamConnection(asyncio.Protocol):
         "_head_request",
         "_head_taken",
         "_interim",
-        "_length",
         "_loop",
         "_named",
         "_on_lost",
@@ -73,6 +72,8 @@ class UpstreamConnection(asyncio.Protocol):
         "head_done",
         "headers",
         "idle_epoch",
+        "length",
+        "names_server",
         "pooled",
         "requests",
         "reusable",
@@ -111,14 +112,15 @@ class UpstreamConnection(asyncio.Protocol):
         self.complete = False
         self.reusable = False
         self.answered = False  # at least one byte of an answer has arrived
-        self.error: ProxyError | None = None
+        self.error: ExchangeError | None = None
         self._head_request = head_request
         self._head_taken = False
         self._head_bytes = 0
         self._interim = 0
         self._chunks: list[bytes] = []
         self._buffered = 0
-        self._length = -1  # declared content length; -1 unknown, -2 chunked
+        self.length = -1  # declared content length; -1 unknown, -2 chunked
+        self.names_server = False  # there is a Server field
         self._gather = False
         self._until_close = False
         self._saw_close = False
@@ -142,7 +144,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.write(data)
 
     def wait(self) -> asyncio.Future[None]:
-        """A future that ends when there is something to take, or fails with a ProxyError.
+        """A future that ends when there is something to take, or fails with an ExchangeError.
 
         One consumer at a time; nothing else may await the connection meanwhile.
         """
@@ -206,7 +208,7 @@ class UpstreamConnection(asyncio.Protocol):
             if self._transport is not None and not self.closed:
                 self._transport.resume_reading()
 
-    def fail(self, error: ProxyError) -> None:
+    def fail(self, error: ExchangeError) -> None:
         """Give the request up: the consumer gets `error`, the socket is closed at once."""
         if self.error is None:
             self.error = error
@@ -308,9 +310,9 @@ class UpstreamConnection(asyncio.Protocol):
             self.headers = [pair for pair in self.headers if pair[0] not in self._named]
         if self._head_request or status in NO_BODY:
             self._complete_without_body()
-        elif self._length == -1:
+        elif self.length == -1:
             self._until_close = True
-        elif 0 <= self._length <= GATHER_LIMIT:
+        elif 0 <= self.length <= GATHER_LIMIT:
             self._gather = True
 
     def on_body(self, chunk: bytes) -> None:
@@ -336,21 +338,23 @@ class UpstreamConnection(asyncio.Protocol):
     def _special_header(self, name: bytes, value: bytes) -> None:
         """The headers that say how the message is framed, and those for this hop only."""
         if name == b"content-length":
-            if self._length != -1:
+            if self.length != -1:
                 self._refuse("ambiguous content length")
             # Digits only: int() would also take a sign, underscores and spaces.
             if not value.isdigit():
                 self._refuse("invalid content length")
-            self._length = int(value)
-            self.headers.append((name, value))
+            self.length = int(value)
         elif name == b"transfer-encoding":
-            if self._length != -1 or value.strip().lower() != b"chunked":
+            if self.length != -1 or value.strip().lower() != b"chunked":
                 self._refuse("ambiguous or unsupported transfer encoding")
-            self._length = -2
+            self.length = -2
         elif name == b"connection":
             tokens = connection_tokens(value)
             self._saw_close = self._saw_close or b"close" in tokens
             self._named += tuple(t for t in tokens if t not in (b"close", b"keep-alive"))
+        elif name == b"server":
+            self.names_server = True
+            self.headers.append((name, value))
 
     def _refuse(self, fault: str) -> None:
         """Stop parsing: httptools turns the exception into an HttpParserError for feed_data."""
@@ -362,7 +366,7 @@ class UpstreamConnection(asyncio.Protocol):
         if status == 101 or status < 100 or self._interim > MAX_INTERIM:
             self._refuse(f"unexpected interim status {status}")
         self.headers = []
-        self._length = -1
+        self.length = -1
         self._named = ()
         self._saw_close = False
 

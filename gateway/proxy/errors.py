@@ -1,4 +1,4 @@
-"""What can go wrong between a request and its upstream.
+"""What can go wrong between a request and its upstream; what its client does is in gateway.http.
 
 Each class carries what a responder needs: `status` is the HTTP status to answer with, `code` a
 stable machine-readable word, `str(error)` a sentence without secrets. They are raised only while
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from core.errors import TallygateError
+from gateway.http.errors import ExchangeError
 
 
-class ProxyError(TallygateError):
-    """Base of all failures of one relayed request."""
+class ProxyError(ExchangeError):
+    """Base of all failures of an upstream."""
 
     status: ClassVar[int] = 502
     code: ClassVar[str] = "proxy-error"
@@ -56,24 +56,3 @@ class UpstreamClosed(BadUpstreamResponse):
     """The connection ended before the answer was complete."""
 
     code = "upstream-closed"
-
-
-class BadRequest(ProxyError):
-    """The request cannot be forwarded safely, whatever the upstream."""
-
-    status = 400
-    code = "bad-request"
-
-
-class RequestTimeout(ProxyError):
-    """The client stopped sending its request body."""
-
-    status = 408
-    code = "request-timeout"
-
-
-class ClientDisconnected(ProxyError):
-    """The client is gone: no answer can be delivered, only counted."""
-
-    status = 499
-    code = "client-disconnected"

@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-from gateway.proxy.errors import BadRequest
-
-Header = tuple[bytes, bytes]
+from gateway.http.errors import BadRequest
+from gateway.http.message import Header
 
 # RFC 9110 section 7.6.1, with the older names that RFC 2616 listed: meant for one connection only.
 HOP_BY_HOP: Final = frozenset(
@@ -29,8 +28,8 @@ HOP_BY_HOP: Final = frozenset(
     )
 )
 
-# Of a response: never passed on as they come. Content-Length is, once it was checked.
-RESPONSE_SPECIAL: Final = HOP_BY_HOP | {b"content-length"}
+# Of a response: never passed on as they come, or of interest by their presence.
+RESPONSE_SPECIAL: Final = HOP_BY_HOP | {b"content-length", b"server"}
 
 # Fields that `Connection` may not remove: they carry framing and routing, so naming them would let
 # a sender change what the next hop reads.

@@ -3,24 +3,21 @@
 A `RequestRules` is compiled once per route. The path's percent-encoding is passed on byte for byte:
 what a router decodes to match is never what is forwarded.
 
-Two things the server in front does not tell. `/a?` and `/a` arrive alike and leave as `/a`. And of
-an absolute target (`GET http://a/b`) it passes on the path alone and leaves Host as it was sent,
-filling it from the target only when there is none: so Host, not the target, is what routes match
-and what X-Forwarded-Host says, both alike.
+Of an absolute target (`GET http://a/b`) the path alone arrives here; its authority was that of
+Host. `/a?` and `/a` leave alike, as `/a`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Collection
+from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from core.secrets import KEY_START
 from gateway.forwarded import TrustedProxies, forwarded_nodes
-from gateway.proxy.errors import BadRequest
-from gateway.proxy.headers import HOP_BY_HOP, Header, Target, connection_tokens
-
-Scope = Mapping[str, Any]
+from gateway.http.errors import BadRequest
+from gateway.http.message import Header, Request
+from gateway.proxy.headers import HOP_BY_HOP, Target, connection_tokens
 
 _FORWARDED: Final = frozenset(
     (
@@ -45,7 +42,7 @@ _READ: Final = _FORWARDED | {
     b"transfer-encoding",
     b"x-request-id",
 }
-# `expect` is answered by the server in front: it sends 100 when the body is first asked for.
+# `expect` is answered here: 100 is sent when the body is first asked for.
 _DROPPED: Final = (HOP_BY_HOP | {b"expect", b"http2-settings"}) - _READ
 
 _KEY_START: Final = KEY_START.encode()
@@ -59,9 +56,6 @@ _PROTO: Final = {
     "http": b"x-forwarded-proto: http\r\n",
     "https": b"x-forwarded-proto: https\r\n",
 }
-
-# Granian's spelling, and ASGI's. Without Host, Granian makes up an empty one.
-_HOSTLESS: Final = ("1", "1.0")
 
 # A request id longer than this is replaced: it ends up in every log line on the way.
 MAX_REQUEST_ID: Final = 128
@@ -130,7 +124,7 @@ class RequestRules:
         self._trusted = trusted or TrustedProxies(())
         self._last_host = b""  # the last one found good: checking costs more than comparing
 
-    def head(self, scope: Scope, request_id: bytes = b"") -> RequestHead:
+    def head(self, request: Request, request_id: bytes = b"") -> RequestHead:
         """Compile the head of one request.
 
         `request_id` is sent as X-Request-Id unless the client sent a usable one, which is kept.
@@ -142,7 +136,7 @@ class RequestRules:
         lines: list[bytes] = []
         special: list[Header] = []
         rules = self._special
-        for pair in scope["headers"]:
+        for pair in request.headers:
             if pair[0] in rules:
                 special.append(pair)
             else:
@@ -182,16 +176,16 @@ class RequestRules:
         if named:
             lines = [line for line in lines if line.partition(b":")[0] not in named]
         if not host:
-            if scope["http_version"] not in _HOSTLESS:
+            if request.version != "1.0":
                 raise BadRequest("a request has to name its Host")
             host = b""
-        peer: str = scope["client"][0]
+        peer = request.peer
         if forwarded and self._trusted.trusts(peer):
-            lines += continued(forwarded, peer, host, scope["scheme"])
+            lines += continued(forwarded, peer, host, request.scheme)
         else:
             lines += (
                 b"x-forwarded-for: %b\r\n" % peer.encode("ascii"),
-                _PROTO[scope["scheme"]],
+                _PROTO[request.scheme],
                 b"x-forwarded-host: %b\r\n" % host,
             )
         if request_id:
@@ -202,8 +196,8 @@ class RequestRules:
         if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
             raise BadRequest("a header field contains a line break")
         return RequestHead(
-            scope["method"].encode("ascii"),
-            self._path(scope),
+            request.method.encode("ascii"),
+            self._path(request),
             fields + b"\r\n",
             body_length,
             request_id,
@@ -214,11 +208,11 @@ class RequestRules:
             raise BadRequest("the value of Host is no host")
         self._last_host = host
 
-    def _path(self, scope: Scope) -> bytes:
-        raw: bytes = scope["raw_path"] or b"/"
+    def _path(self, request: Request) -> bytes:
+        raw = request.raw_path
         if self._strip:
             raw = strip_prefix(raw, self._strip)
-        query: bytes = scope["query_string"]
+        query = request.query
         if query and (self._drop_query or self._key_query):
             query = drop_parameters(query, self._drop_query, self._key_query)
         return b"%b?%b" % (raw, query) if query else raw

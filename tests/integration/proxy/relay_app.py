@@ -1,4 +1,4 @@
-"""A tiny responder around `relay`, served by Granian: what the proxy tests talk to.
+"""A tiny responder around `relay`, on the gateway's own server: what the proxy tests talk to.
 
 Run as `python -m tests.integration.proxy.relay_app PORT UPSTREAM_URL...`. `/_stats` answers with
 counters of the process; every other path is relayed. Settings come from the environment.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from collections import Counter
 from typing import Any
@@ -15,13 +16,13 @@ from typing import Any
 import orjson
 import psutil
 import uvloop
-from granian.constants import HTTPModes, Interfaces
-from granian.server.embed import Server
 
 from core.policy import Upstream
 from gateway.forwarded import TrustedProxies
+from gateway.http.errors import ClientDisconnected, ExchangeError
+from gateway.http.exchange import Exchange
+from gateway.http.server import HttpServer
 from gateway.proxy import watch
-from gateway.proxy.errors import ClientDisconnected, ProxyError
 from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.relay import relay
 from gateway.proxy.request import RequestRules
@@ -53,25 +54,22 @@ class App:
         self.last: list[float] = []
         self.process = psutil.Process()
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return
-        if scope["path"] == "/_stats":
-            await answer(send, 200, orjson.dumps(self.stats()))
+    async def __call__(self, exchange: Exchange) -> None:
+        if exchange.request.path == "/_stats":
+            exchange.respond(200, [], orjson.dumps(self.stats()))
             return
         try:
             result = await relay(
-                receive,
-                send,
+                exchange,
                 pool=self.pool,
-                head=self.rules.head(scope),
+                head=self.rules.head(exchange.request),
                 extra_response_headers=EXTRA,
                 drop_response_headers=DROP,
             )
-        except ProxyError as error:
+        except ExchangeError as error:
             self.outcomes[error.code] += 1
             if not isinstance(error, ClientDisconnected):
-                await answer(send, error.status, str(error).encode())
+                exchange.respond(error.status, [], str(error).encode())
         else:
             self.outcomes[str(result.outcome)] += 1
             self.last = [result.head_ms, result.upstream_ms]
@@ -93,22 +91,13 @@ class App:
         }
 
 
-async def answer(send: Any, status: int, body: bytes) -> None:
-    headers = [(b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
 async def main(port: int, urls: list[str]) -> None:
-    server = Server(
-        App(urls),
-        "127.0.0.1",
-        port,
-        interface=Interfaces.ASGINL,
-        http=HTTPModes.http1,
-        websockets=False,
-    )
-    await server.serve()
+    server = HttpServer(App(urls), refuse=lambda _status, _code, detail: ([], detail.encode()))
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", port))
+    await server.listen(sock)
+    await asyncio.Event().wait()
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ async def test_a_get_arrives_with_its_path_byte_for_byte(gateway: GatewayFactory
 @pytest.mark.parametrize(
     ("line", "hosts", "seen"),
     [
-        ("GET http://target.example/x", ["Host: api.example"], "api.example"),
-        ("GET http://target.example/x", [], "target.example"),
+        ("GET http://target.example/x", ["Host: target.example"], "target.example"),
+        ("GET http://target.example:80/x", ["Host: Target.example"], "Target.example"),
+        ("GET http://target.example/x", ["Host: api.example"], None),
+        ("GET http://target.example/x", [], None),
         ("GET http://target.example/x", ["Host: a", "Host: a"], None),
         ("GET /x", [], None),
         ("GET /x", ["Host:"], None),

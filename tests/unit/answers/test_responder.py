@@ -12,19 +12,18 @@ import pytest
 from core.config import loads
 from gateway import responder as module
 from gateway.admission.limiter import Decision
+from gateway.http.errors import BadRequest, ClientDisconnected, ExchangeError, RequestTimeout
+from gateway.http.message import Request
 from gateway.proxy.errors import (
-    BadRequest,
     BadUpstreamResponse,
-    ClientDisconnected,
     ConnectError,
     PoolExhausted,
-    ProxyError,
-    RequestTimeout,
     ResponseTimeout,
 )
 from gateway.proxy.relay import Outcome, RelayResult
 from gateway.responder import Responder
 from gateway.runtime import Runtime
+from tests.support.exchange import RecordingExchange
 
 CONFIG = """
 upstreams: {api: {urls: [http://127.0.0.1:9000]}}
@@ -71,45 +70,31 @@ class Played:
 
 def ask(
     monkeypatch: pytest.MonkeyPatch,
-    result: ProxyError | RelayResult,
+    result: ExchangeError | RelayResult,
     path: str = "/public/x",
     client: str = "192.0.2.1",
     headers: list[tuple[bytes, bytes]] | None = None,
-) -> tuple[Played, list[dict[str, Any]]]:
+) -> tuple[Played, RecordingExchange]:
     async def relay(*args: object, **more: object) -> RelayResult:
-        if isinstance(result, ProxyError):
+        if isinstance(result, ExchangeError):
             raise result
         return result
 
     monkeypatch.setattr(module, "relay", relay)
-    sent: list[dict[str, Any]] = []
     played = Played()
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
+    request = Request("GET", path.encode(), [(b"host", b"h"), *(headers or [])], peer=client)
+    exchange = RecordingExchange(request)
 
     async def main() -> None:
         runtime = Runtime(loads(CONFIG, env={}), {})
         parts: Any = played
         answer = Responder(runtime, SimpleNamespace(), parts, parts)  # type: ignore[arg-type]
-        await answer(
-            {
-                "type": "http",
-                "method": "GET",
-                "scheme": "http",
-                "path": path,
-                "raw_path": path.encode(),
-                "query_string": b"",
-                "headers": [(b"host", b"h"), *(headers or [])],
-                "client": (client, "1"),
-            },
-            asyncio.Queue[dict[str, Any]]().get,
-            send,
-        )
+        await answer(exchange)
 
     asyncio.run(main())
     assert played.in_flight == 0
-    return played, sent
+    assert exchange.ended
+    return played, exchange
 
 
 @pytest.mark.parametrize(
@@ -124,12 +109,13 @@ def ask(
     ],
 )
 def test_what_goes_wrong_on_the_way_has_its_answer_and_its_outcome(
-    monkeypatch: pytest.MonkeyPatch, error: ProxyError, status: int, slug: str, outcome: str
+    monkeypatch: pytest.MonkeyPatch, error: ExchangeError, status: int, slug: str, outcome: str
 ) -> None:
-    played, (start, body) = ask(monkeypatch, error)
-    assert start["status"] == status
-    assert (b"server", b"tallygate") in start["headers"]
-    assert orjson.loads(body["body"])["type"] == f"urn:tallygate:problem:{slug}"
+    played, exchange = ask(monkeypatch, error)
+    ((answered, headers, body),) = exchange.answers
+    assert answered == status
+    assert (b"server", b"tallygate") in headers
+    assert orjson.loads(body)["type"] == f"urn:tallygate:problem:{slug}"
     upstream = [entry for entry in played.log if entry[0] == "upstream_error"]
     assert bool(upstream) == (outcome == "upstream_error"), "whose fault it was"
     # The slot is free before anything else is done.
@@ -147,10 +133,10 @@ def test_what_goes_wrong_on_the_way_has_its_answer_and_its_outcome(
     ],
 )
 def test_how_a_started_answer_ended(
-    monkeypatch: pytest.MonkeyPatch, outcome: Outcome, error: ProxyError | None, recorded: str
+    monkeypatch: pytest.MonkeyPatch, outcome: Outcome, error: ExchangeError | None, recorded: str
 ) -> None:
-    played, sent = ask(monkeypatch, RelayResult(200, 0, 0, 1.0, outcome, error))
-    assert sent == []
+    played, exchange = ask(monkeypatch, RelayResult(200, 0, 0, 1.0, outcome, error))
+    assert exchange.answers == []
     assert played.log[-2:] == ["released", ("record", "public", "anonymous", recorded)]
     assert (("upstream_error", "api", "upstream-timeout") in played.log) == (
         recorded == "upstream_error"
@@ -162,11 +148,11 @@ def test_a_request_that_cannot_be_forwarded_is_no_error_of_ours(
 ) -> None:
     never = ConnectError("not reached")
     twice = [(b"content-length", b"1"), (b"content-length", b"2")]
-    played, (start, _) = ask(monkeypatch, never, headers=twice)
-    assert start["status"] == 400
+    played, exchange = ask(monkeypatch, never, headers=twice)
+    assert exchange.answers[0][0] == 400
     assert played.log == [("record", "public", "anonymous", "bad_request")]
-    played, (start, _) = ask(monkeypatch, never, path="/public/../x")
-    assert start["status"] == 400
+    played, exchange = ask(monkeypatch, never, path="/public/../x")
+    assert exchange.answers[0][0] == 400
     assert played.log == [("record", "", "", "bad_request")]
 
 

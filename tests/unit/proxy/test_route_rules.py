@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from core.config import loads
 from gateway.auth.extract import KeyExtractor
+from gateway.http.message import Request
 from gateway.runtime import Runtime
 
 CONFIG = """
@@ -30,19 +29,12 @@ Pair = tuple[bytes, bytes]
 
 def upstream(path: str, *headers: Pair, query: bytes = b"") -> tuple[list[Pair], bytes]:
     """The fields that may hold keys and the path, as the upstream gets them."""
-    scope: dict[str, Any] = {
-        "method": "GET",
-        "raw_path": path.encode(),
-        "query_string": query,
-        "client": ("192.0.2.1", "1"),
-        "scheme": "http",
-        "http_version": "1.1",
-        "headers": [(b"host", b"h"), *headers],
-    }
+    target = path.encode() + (b"?" + query if query else b"")
+    request = Request("GET", target, [(b"host", b"h"), *headers], peer="192.0.2.1")
     route = RUNTIME.router.match(path, "GET", "h")
     assert route is not None
     source = None if route.route.keyless else EXTRACTOR.extract(headers, query)[1]
-    head = route.rules(source).head(scope)
+    head = route.rules(source).head(request)
     lines = [line.partition(b": ") for line in head.fields.split(b"\r\n")]
     return [(name, value) for name, _, value in lines if name in CARRIERS], head.path
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+from gateway.http.errors import ClientDisconnected, RequestTimeout
+from gateway.http.message import Request
 from gateway.proxy import watch
-from gateway.proxy.watch import TICK_S, Message
+from gateway.proxy.watch import TICK_S
+from tests.support.exchange import RecordingExchange
 
 
 def test_ticks_last_at_least_their_time_wherever_they_start() -> None:
@@ -13,29 +16,31 @@ def test_ticks_last_at_least_their_time_wherever_they_start() -> None:
         assert (watch.ticks(seconds) - 1) * TICK_S >= seconds
 
 
-def test_only_lasting_exchanges_are_followed_and_nothing_stays() -> None:
-    asked = 0
-
-    async def receive() -> Message:
-        nonlocal asked
-        asked += 1
-        await asyncio.Event().wait()
-        return {}
-
+def test_a_client_that_goes_ends_its_flight_only_while_there_is_one() -> None:
     async def run() -> None:
         watcher = watch.Watch(asyncio.get_running_loop())
-        for _ in range(3):
-            watcher.close(watcher.open(receive, 10))
-        assert not asked
-
-        exchange = watcher.open(receive, 10)
-        async with asyncio.timeout(5):
-            while not asked:
-                await asyncio.sleep(0)
-        watcher.close(exchange)
-        await asyncio.sleep(0)
-        assert asked == 1
+        exchange = RecordingExchange(Request("GET", b"/", []))
+        flight = watcher.open(exchange, 10)
+        assert exchange.on_gone is not None
+        exchange.on_gone()
+        assert isinstance(flight.error, ClientDisconnected)
+        watcher.close(flight)
+        assert exchange.on_gone is None
         assert len(watcher) == 0
-        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(run())
+
+
+def test_who_is_waited_for_decides_what_a_time_out_is() -> None:
+    async def run() -> None:
+        watcher = watch.Watch(asyncio.get_running_loop())
+        watcher.body_ticks = 1
+        flight = watcher.open(RecordingExchange(Request("POST", b"/", [])), 1_000)
+        flight.await_client_body()
+        async with asyncio.timeout(5):
+            while flight.error is None:
+                await asyncio.sleep(TICK_S)
+        assert isinstance(flight.error, RequestTimeout)
+        watcher.close(flight)
 
     asyncio.run(run())

@@ -1,0 +1,110 @@
+"""One request and its answer, as a handler sees them: the same for every protocol of a client.
+
+A handler calls either `respond` once, or `start`, then `write` any number of times, then `end`. An
+answer that cannot be completed is given up with `abort`, which its client can tell from a complete
+one. None of these waits or fails: what is written to a client that is gone is dropped. Whoever
+writes more than a little awaits `drain` while `must_drain` says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from gateway.http.message import Header, Request
+
+
+class Exchange:
+    """Attributes:
+    request: what was asked.
+    started: the head of the final answer was written.
+    ended: the answer is complete or was given up; nothing more may be written.
+    gone: the client is gone.
+    on_gone: called once when the client goes before the answer has ended.
+    task: the handler's, so that nothing else has to hold it.
+    """
+
+    __slots__ = ("ended", "gone", "on_gone", "request", "started", "task")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.started = False
+        self.ended = False
+        self.gone = False
+        self.on_gone: Callable[[], object] | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    @abstractmethod
+    def respond(
+        self, status: int, headers: Sequence[Header], body: bytes = b"", length: int = -1
+    ) -> None:
+        """A whole answer. Its Content-Length is that of the body.
+
+        `length`, unless -1, is declared instead where no body is sent: for HEAD and 304.
+
+        Raises:
+            ValueError: a field has a line break in it. Nothing was sent.
+        """
+
+    @abstractmethod
+    def start(self, status: int, headers: Sequence[Header], length: int = -1) -> None:
+        """The head of an answer whose body follows; `length` of it in bytes, -1 when unknown.
+
+        Raises:
+            ValueError: a field has a line break in it. Nothing was sent.
+        """
+
+    @abstractmethod
+    def write(self, data: bytes) -> None:
+        """A piece of the body."""
+
+    @abstractmethod
+    def end(self, trailers: Sequence[Header] = ()) -> None:
+        """The body is complete. Trailers are dropped where the framing has no place for them."""
+
+    @abstractmethod
+    def inform(self, status: int, headers: Sequence[Header]) -> None:
+        """An interim answer (1xx) before the final one; dropped where a client knows none."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Give the answer up. Nothing to do once it has ended."""
+
+    @property
+    @abstractmethod
+    def must_drain(self) -> bool:
+        """The client takes its answer more slowly than it is written."""
+
+    @abstractmethod
+    async def drain(self) -> None:
+        """Return when there is room again.
+
+        Raises:
+            ClientDisconnected: the client is gone.
+        """
+
+    @abstractmethod
+    async def read(self) -> bytes:
+        """The next piece of the request body, of any size; empty at its end.
+
+        A client that waits for 100 Continue is told to go on when this is first called.
+
+        Raises:
+            ClientDisconnected: the client went away before the end of the body.
+            BadRequest: the body is not framed as it should be.
+        """
+
+    @property
+    @abstractmethod
+    def body_complete(self) -> bool:
+        """All of the request body has arrived (`read` may still have pieces of it)."""
+
+    @property
+    def trailers(self) -> Sequence[Header]:
+        """Trailer fields of the request, once its body is complete."""
+        return ()
+
+
+Handler = Callable[[Exchange], Coroutine[Any, Any, None]]

@@ -1,0 +1,174 @@
+"""Listens, hands requests to a handler, and looks after connections that do nothing.
+
+One timer a server looks over all connections once a second: an idle or slow client costs no timer
+of its own, and a request none at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import Final
+
+from core import clock
+from gateway.http.exchange import Exchange, Handler
+from gateway.http.h1 import ClientConnection
+from gateway.http.message import Header
+
+_SWEEP_S: Final = 1.0
+_BACKLOG: Final = 2_048
+# Of an answer, what waits in memory for a client that reads slowly.
+WRITE_HIGH_WATER: Final = 64 * 1024
+# While draining, how long an idle connection may still bring one more request: a client that sends
+# at the moment we close would lose it.
+_IDLE_GRACE_S: Final = 1.0
+_DRAIN_POLL_S: Final = 0.02
+
+Refuse = Callable[[int, str, str], tuple[list[Header], bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a client may cost. Seconds and bytes.
+
+    Attributes:
+        head: request line and header fields together.
+        target: path and query.
+        fields: number of header fields.
+        head_s: from the first byte of a head to its last.
+        keepalive_s: how long a connection may be idle; longer than load balancers keep theirs, or
+            they would use one that we are just closing.
+        connections: open at once; beyond, an idle one is closed for a new one.
+    """
+
+    head: int = 64 * 1024
+    target: int = 16 * 1024
+    fields: int = 128
+    head_s: int = 15
+    keepalive_s: int = 75
+    connections: int = 65_536
+
+
+class HttpServer:
+    """Serves any number of listening sockets with one handler, on the running event loop.
+
+    Attributes:
+        tick: seconds since some start, whole; deadlines are in it.
+        date: the Date field of this second.
+        draining: answers are the last on their connections.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        limits: Limits | None = None,
+        refuse: Refuse,
+        handshake_timeout_s: float = 10.0,
+    ) -> None:
+        """`refuse` makes the answer to what is no request: of status, code and a sentence."""
+        self.loop = asyncio.get_running_loop()
+        self.limits = limits or Limits()
+        self.refuse = refuse
+        self.draining = False
+        self._handler = handler
+        self._handshake_timeout_s = handshake_timeout_s
+        self._servers: list[asyncio.Server] = []
+        self._connections: set[ClientConnection] = set()
+        self._tunnels: set[asyncio.Protocol] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._sweep()
+
+    async def listen(
+        self, sock: socket.socket, tls: ssl.SSLContext | None = None, backlog: int = _BACKLOG
+    ) -> None:
+        """Accept connections on a bound socket."""
+        scheme = "http" if tls is None else "https"
+        self._servers.append(
+            await self.loop.create_server(
+                lambda: ClientConnection(self, scheme),
+                sock=sock,
+                backlog=backlog,
+                ssl=tls,
+                ssl_handshake_timeout=self._handshake_timeout_s if tls is not None else None,
+            )
+        )
+
+    @property
+    def connections(self) -> int:
+        """Connections that are open."""
+        return len(self._connections)
+
+    def stop_accepting(self) -> None:
+        """Close the listening sockets; what is connected stays."""
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+
+    async def drain(self, seconds: float) -> None:
+        """Stop accepting, answer what is under way for so long, then close everything."""
+        self.stop_accepting()
+        self.draining = True
+        began = clock.monotonic()
+        idle_until = began + min(_IDLE_GRACE_S, seconds / 2)
+        while self._connections or self._tunnels:
+            now = clock.monotonic()
+            if now >= began + seconds:
+                break
+            if now >= idle_until:
+                for connection in tuple(self._connections):
+                    if connection.idle:
+                        connection.close()
+            await asyncio.sleep(_DRAIN_POLL_S)
+        await self.close()
+
+    async def close(self) -> None:
+        """Close everything at once."""
+        self.stop_accepting()
+        tasks = [task for c in self._connections if (task := c.task) is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for connection in tuple(self._connections):
+            connection.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # For connections
+
+    def begin(self, exchange: Exchange) -> None:
+        """Run the handler on a request."""
+        exchange.task = self.loop.create_task(self._handler(exchange))
+
+    def opened(self, connection: ClientConnection) -> None:
+        if len(self._connections) >= self.limits.connections:
+            for other in self._connections:
+                if other.idle:
+                    other.abort()
+                    break
+            else:
+                connection.abort()
+        self._connections.add(connection)
+
+    def closed(self, connection: ClientConnection) -> None:
+        self._connections.discard(connection)
+
+    def took_over(self, protocol: asyncio.Protocol) -> None:
+        """A connection goes on as something else than HTTP."""
+        self._tunnels.add(protocol)
+
+    def tunnel_closed(self, protocol: asyncio.Protocol) -> None:
+        self._tunnels.discard(protocol)
+
+    def _sweep(self) -> None:
+        self._timer = self.loop.call_later(_SWEEP_S, self._sweep)
+        tick = self.tick = int(self.loop.time())
+        self.date = b"date: %b\r\n" % formatdate(clock.now_ms() / 1000, usegmt=True).encode()
+        for connection in tuple(self._connections):
+            if 0 < connection.deadline <= tick:
+                connection.expire()
