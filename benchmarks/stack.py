@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,9 +70,14 @@ class Cores:
 
     @classmethod
     def of_machine(cls) -> Cores:
-        if (os.cpu_count() or 1) >= 4:
+        if cls.count() >= 4:
             return cls(gateway="0", second="1", redis="2", upstream="3", client="3")
         return cls(gateway="0", second="1", redis="1", upstream="1", client="1")
+
+    @staticmethod
+    def count() -> int:
+        """Cores of this machine."""
+        return os.cpu_count() or 1
 
     @property
     def apart(self) -> bool:
@@ -82,7 +87,7 @@ class Cores:
 
 @dataclass
 class Stack:
-    """Ports and process ids of a running stack; `keys` by plan."""
+    """Ports and process ids of a running stack; `keys` by plan, `subscriptions` by key."""
 
     folder: Path
     upstream_port: int
@@ -90,6 +95,7 @@ class Stack:
     valkey_url: str
     postgres_url: str
     keys: dict[str, list[str]]
+    subscriptions: dict[str, str]
     config: Path
     environment: dict[str, str]
     cores: Cores
@@ -116,7 +122,9 @@ class Stack:
         return start(self.cleanup, command, env=self.environment, log=log)
 
 
-async def _prepare(url: str, count: int) -> dict[str, list[str]]:
+async def _prepare(
+    url: str, counts: Mapping[str, int]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
     await migrate(url)
     database = await connect_pool(url, size=4, timeout_s=10)
     hasher = KeyHasher(PEPPER)
@@ -124,22 +132,26 @@ async def _prepare(url: str, count: int) -> dict[str, list[str]]:
     customer = await create_customer(
         database, creator_id=creator.id, name="bench", email="bench@example.com"
     )
-    keys: dict[str, list[str]] = {plan: [] for plan in PLANS}
-    for plan in PLANS:
+    keys: dict[str, list[str]] = {plan: [] for plan in counts}
+    subscriptions: dict[str, str] = {}
+    for plan, count in counts.items():
         for _ in range(count):
             subscription = await create_subscription(database, customer_id=customer.id, plan=plan)
             new = await create_key(database, hasher, subscription_id=subscription.id)
             keys[plan].append(new.secret)
+            subscriptions[new.secret] = subscription.id
     await database.close()
-    return keys
+    return keys, subscriptions
 
 
 @contextmanager
 def running(
     *,
     appendfsync: Literal["always", "everysec"],
-    subscriptions: int,
+    subscriptions: int | Mapping[str, int],
+    config: str = CONFIG,
     workers: int = 1,
+    cores: Cores | None = None,
     upstream_port: int | None = None,
     reconciler: bool = False,
     redis: Path | None = None,
@@ -148,13 +160,15 @@ def running(
 
     Args:
         appendfsync: of the Redis server, which may be switched while it runs.
-        subscriptions: how many for each plan, one key each.
+        subscriptions: how many for each plan, one key each; by plan, where `config` has others.
+        config: the configuration; `{upstream}` in it is the upstream's port.
         workers: of the gateway.
+        cores: what runs where; as fits the machine by default.
         upstream_port: an upstream that is there already; without it, the stub is started.
         reconciler: run one, as in production.
         redis: another server binary than the embedded Valkey.
     """
-    cores = Cores.of_machine()
+    cores = cores or Cores.of_machine()
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         folder.chmod(0o711)
@@ -164,10 +178,12 @@ def running(
         postgres = cleanup.enter_context(EmbeddedPostgres(folder / "p"))
         assert valkey.pid is not None
         pin(valkey.pid, cores.redis)
-        keys = asyncio.run(_prepare(postgres.url, subscriptions))
+        if isinstance(subscriptions, int):
+            subscriptions = dict.fromkeys(PLANS, subscriptions)
+        keys, by_key = asyncio.run(_prepare(postgres.url, subscriptions))
         upstream = upstream_port or free_port()
-        config = folder / "config.yaml"
-        config.write_text(CONFIG.format(upstream=upstream))
+        file = folder / "config.yaml"
+        file.write_text(config.format(upstream=upstream))
         environment = os.environ | {
             "TALLYGATE_REDIS_URL": valkey.url,
             "TALLYGATE_POSTGRES_URL": postgres.url,
@@ -181,7 +197,8 @@ def running(
             valkey_url=valkey.url,
             postgres_url=postgres.url,
             keys=keys,
-            config=config,
+            subscriptions=by_key,
+            config=file,
             environment=environment,
             cores=cores,
             cleanup=cleanup,
@@ -189,7 +206,7 @@ def running(
         if upstream_port is None:
             stack.start(cores.upstream, "benchmarks.stub_upstream", "--port", str(upstream))
         if reconciler:
-            process = stack.start(cores.redis, "reconciler", "--config", str(config))
+            process = stack.start(cores.redis, "reconciler", "--config", str(file))
             stack.reconciler_pid = process.pid
         stack.gateway_port, stack.gateway_pids = stack.start_gateway(workers)
         yield stack
