@@ -27,7 +27,7 @@ import redis
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import idle, latency, report, scaling
+from benchmarks import idle, latency, report, scaling, soak
 from benchmarks.closedloop import client, closed_loop
 from benchmarks.peers import SIZES, Peer, Site, Start, envoy, nginx, traefik
 from benchmarks.processes import rss_mib, total_cpu_us
@@ -254,8 +254,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=5)
     add("--seconds", type=int, help="of each run: 2, with --quick 1")
     add("--redis", type=Path, help="another server binary than the embedded Valkey")
+    add("--soak", type=float, metavar="SECONDS", help="load it so long and fit its memory: 600")
     add("--no-extras", action="store_true", help="no fixed rate, no scaling, no idle connections")
-    add("--json", action="store_true", help="print the result as JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the result as JSON")
+    form.add_argument("--markdown", action="store_true", help="print it for a page")
     add("--output", type=Path, default=Path(__file__).parent / "results", help="folder")
     add("--chart", type=Path, help="write the chart to this file as well")
     return parser.parse_args(arguments)
@@ -271,10 +274,15 @@ def main() -> None:
         result["client"] = "wrk" if client() else "benchmarks.client"
         if not (options.quick or options.no_extras):
             result |= extras(stack, peers, result, options.rounds)
+        if options.soak:
+            say(f"{options.soak:.0f} s of load")
+            result["soak"] = soak.soak(stack, options.soak)
     result["targets"] = report.targets(result)
     report.write(result, options.output, options.chart)
     if options.json:
         report.print_json(result)
+    elif options.markdown:
+        report.print_markdown(result)
     else:
         report.print_tables(result)
 

@@ -169,8 +169,41 @@ def print_tables(result: Result) -> None:
         )
     if found := result.get("idle"):
         console.print(f"{found['connections']:,} idle connections: {found['kib']:.1f} KiB each")
+    if found := result.get("soak"):
+        rise = found["mib_per_10_min"]
+        console.print(f"Soak: {rise:+.2f} MiB in ten minutes, grows: {found['grows']}")
     if result["targets"]:
         _print_targets(console, result["targets"])
+
+
+def print_markdown(result: Result) -> None:
+    """The same tables, to be pasted into a page."""
+    heading = f"{result['date'][:10]}, {result['machine']}, medians of {result['rounds']} rounds"
+    titles = [title for title, _ in _COLUMNS]
+    print(f"{heading}, client {result['client']}, {result['redis']}\n")
+    print(_line(["scenario", "through", *titles]))
+    print(_line(["---", "---", *["---:"] * len(titles)]))
+    for scenario in result["scenarios"]:
+        for name, found in scenario["peers"].items():
+            cells = [text(found["median"]) for _, text in _COLUMNS]
+            print(_line([scenario["title"], result["peers"][name], *cells]))
+    if found := result.get("latency"):
+        names = ("p50", "p90", "p99", "p99.9", "max")
+        print(f"\nLatency in ms at {found['rate']:,.0f} requests/s, from the intended time:\n")
+        print(_line(["through", *names]))
+        print(_line(["---", *["---:"] * len(names)]))
+        for peer, row in found["peers"].items():
+            print(_line([peer, *(f"{row[name]:.2f}" for name in names)]))
+    print()
+    print(_line(["target", "wanted", "measured", "met"]))
+    print(_line(["---", "---:", "---:", "---:"]))
+    for row in result["targets"]:
+        met = "yes" if row["met"] else "no"
+        print(_line([row["target"], row["wanted"], f"{row['measured']:.2f}", met]))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _print_latency(console: Console, found: Mapping[str, Any]) -> None:
