@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -201,12 +201,12 @@ class Gateway:
 
     # Requests
 
-    async def __call__(self, exchange: Exchange) -> None:
+    def __call__(self, exchange: Exchange) -> Coroutine[Any, Any, None]:
+        """What answers one request; not a coroutine around it, which would be run through too."""
         path = exchange.request.path
         if path.startswith("/-/") and path in (HEALTH_PATH, READY_PATH):
-            self._health(path, exchange)
-            return
-        await self._respond(exchange)
+            return self._health(path, exchange)
+        return self._respond(exchange)
 
     def refuse(self, status: int, code: str, detail: str) -> tuple[list[Header], bytes]:
         """The answer to what is no request."""
@@ -214,7 +214,7 @@ class Gateway:
         problem = problems.unreadable(status, code, detail)
         return [*problem.headers, SERVER], problem.body
 
-    def _health(self, path: str, exchange: Exchange) -> None:
+    async def _health(self, path: str, exchange: Exchange) -> None:
         # Postgres being away is no reason to take a worker out: cached keys go on working.
         ready = path == HEALTH_PATH or self._batcher.connected
         body = orjson.dumps(

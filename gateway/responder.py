@@ -101,7 +101,10 @@ class Responder:
                 started = clock.monotonic()
                 decision = await self._limiter.admit(on_route.admission, subscription, own_id)
             metrics.admission.observe(clock.monotonic() - started)
-            limit_headers = on_route.headers.of(decision.states)
+            if decision.numbers:
+                limit_headers = on_route.plain_headers(decision.numbers)
+            else:
+                limit_headers = on_route.headers.of(decision.states)
             if not decision.admitted:
                 raise self._limited(decision, limit_headers, own_id, request_id)
             limit_headers.append((b"x-request-id", request_id.encode()))
@@ -154,9 +157,10 @@ class Responder:
                 self._answer(problems.internal_error(request_id=request_id), exchange, request_id)
         finally:
             # First of all: a slot that stays taken would refuse others.
-            if decision is not None:
+            if decision is not None and not decision.numbers:
                 self._limiter.release(decision)
-            exchange.abort()  # nothing to do, as nearly always, for one that has ended
+            if not exchange.ended:
+                exchange.abort()
             metrics.in_flight -= 1
             metrics.record(route_name, plan_name, outcome)
             if self._access_log:

@@ -6,7 +6,7 @@ cost the upstreams their keep-alive connections.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from core.admission.ledger import Catalogue
@@ -16,7 +16,7 @@ from core.config import Snapshot
 from core.config.models import KeySettings
 from core.policy import OutageMode, Plan, Route, Upstream
 from gateway.admission.limiter import Admission
-from gateway.answers.headers import PlanHeaders
+from gateway.answers.headers import Headers, PlanHeaders
 from gateway.answers.verdict import policy_of
 from gateway.auth.extract import Source
 from gateway.forwarded import TrustedProxies
@@ -34,6 +34,7 @@ class PlanOnRoute:
     plan: Plan
     admission: Admission
     headers: PlanHeaders
+    plain_headers: Callable[[Sequence[int]], Headers]
 
 
 class RouteRuntime:
@@ -160,6 +161,6 @@ class Runtime:
                 self._outage(route, plan, program),
                 route.charged,
             )
-            plans[name] = PlanOnRoute(plan, admission, headers[name])
+            plans[name] = PlanOnRoute(plan, admission, headers[name], headers[name].plain(policies))
         pool = self.pools[snapshot.upstreams[route.upstream]]
         return RouteRuntime(route, pool, plans, self.trusted, snapshot.settings.gateway.key)

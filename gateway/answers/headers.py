@@ -22,7 +22,7 @@ String where a name is no Token). `PlanHeaders` is compiled once a plan; a reque
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from core.policy import Meter, Plan
 from gateway.answers.verdict import CONCURRENT_UNIT, REQUESTS_UNIT, LimitState, Policy, policy_of
@@ -107,6 +107,57 @@ class PlanHeaders:
             quoted = sf_string(name).replace(b"%", b"%%")
             self._items[name] = (quoted + b";r=%d;t=%d", quoted + b";r=%d")
             self._limits[name] = (b"x-ratelimit-limit", b"%d" % limit)
+
+    def plain(self, policies: Sequence[Policy]) -> Callable[[Sequence[int]], Headers]:
+        """A function that makes the headers where no limit has anything to report.
+
+        It takes what Redis answers, `[now, status, flags, remaining, reset, ...]` in the order of
+        `policies`, and gives what `of` gives for the same.
+        """
+        head = [self._policy] if self._ratelimit and self._items else []
+        enforced = [(2 + 3 * n, p) for n, p in enumerate(policies) if p.enforce]
+        counting = [(at, p) for at, p in enforced if p.static[1] != "concurrency"]
+        if not self._ratelimit or len(counting) != len(enforced):
+            # Seldom, and not worth a second spelling.
+            return lambda numbers: self.of(
+                [
+                    LimitState(*p.static, numbers[3 * n + 3] // p.divisor, numbers[3 * n + 4])
+                    for n, p in enumerate(policies)
+                ]
+            )
+        rows = [
+            (at + 1, p.divisor, p.static[2], self._items[p.static[0]][0], self._limits[p.static[0]])
+            for at, p in counting
+        ]
+        legacy = self._legacy
+
+        def headers(numbers: Sequence[int]) -> Headers:
+            near = None
+            near_remaining = near_limit = 0
+            for row in rows:
+                remaining = numbers[row[0]]
+                if row[1] != 1:
+                    remaining //= row[1]
+                limit = row[2]
+                if near is None or remaining * near_limit < near_remaining * limit:
+                    near, near_remaining, near_limit = row, remaining, limit
+            if near is None:
+                return head.copy()
+            if near_remaining < 0:
+                near_remaining = 0
+            reset_s = -(-numbers[near[0] + 1] // 1000)
+            ratelimit = (b"ratelimit", near[3] % (near_remaining, reset_s))
+            if not legacy:
+                return [*head, ratelimit]
+            return [
+                *head,
+                ratelimit,
+                near[4],
+                (b"x-ratelimit-remaining", b"%d" % near_remaining),
+                (b"x-ratelimit-reset", b"%d" % reset_s),
+            ]
+
+        return headers
 
     def of(self, states: Sequence[LimitState]) -> Headers:
         """The headers for a decision: `states` is of this plan's limits, in any order, or empty.

@@ -36,7 +36,7 @@ class UpstreamPool:
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
-        self.response_timeout_s = upstream.response_timeout_ms / 1000
+        self.response_ticks = watch.ticks(upstream.response_timeout_ms / 1000)
         self.opened = 0
         self.reused = 0
         self.in_use = 0

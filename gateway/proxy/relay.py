@@ -24,7 +24,7 @@ from gateway.proxy.connection import UpstreamConnection
 from gateway.proxy.errors import BadUpstreamResponse, UpstreamClosed
 from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.request import RequestHead
-from gateway.proxy.watch import Flight, ticks
+from gateway.proxy.watch import Flight, Watch
 
 # So much of a request body, or all of it, is read before an upstream connection is taken: cheaper
 # than a second task, and who sends nothing holds no connection. Its price is that an upstream does
@@ -73,10 +73,12 @@ async def relay(
     extra_response_headers: Sequence[Header] = (),
     drop_response_headers: frozenset[bytes] = frozenset(),
     default_server: Header | None = None,
-    response_timeout_s: float | None = None,
     before_start: Callable[[int], Awaitable[None]] | None = None,
 ) -> RelayResult:
     """Relay one admitted request.
+
+    The upstream may be silent for the pool's response time-out, from the end of the request to the
+    head of its answer and between pieces of body. That is noticed up to 0.15 s late.
 
     Args:
         head: from `RequestRules.head(request)`.
@@ -84,9 +86,6 @@ async def relay(
         drop_response_headers: lower-case names removed from the upstream's, so that ours stand
             alone.
         default_server: appended when the upstream does not name itself.
-        response_timeout_s: how long the upstream may be silent, from the end of the request to the
-            head of its answer and between pieces of body; the pool's when omitted. Coarse: noticed
-            up to 0.15 s late.
         before_start: awaited with the status once the head of the answer is there, before any of
             it is passed on. What it raises ends the relay: the answer is not passed on.
 
@@ -98,11 +97,26 @@ async def relay(
             at all for ClientDisconnected.
     """
     watcher = pool.watch
-    seconds = pool.response_timeout_s if response_timeout_s is None else response_timeout_s
-    flight = watcher.open(exchange, ticks(seconds))
-    run = _Relay(flight, pool, head)
+    run = _Relay(watcher, exchange, pool, head)
+    watcher.add(run)
     try:
-        conn = await run.request()
+        if exchange.gone:
+            raise ClientDisconnected("the client closed the connection")
+        conn = None if head.body_length else pool.get_idle()
+        if conn is None:
+            conn = await run.request()
+        else:
+            # What `request` does, without its layer: nearly all requests go this way.
+            run.conn = conn
+            run.began = clock.monotonic()
+            conn.begin(head.to(conn.target), head.method == b"HEAD")
+            run.await_upstream()
+            try:
+                await conn.wait()
+            except UpstreamClosed:
+                conn = await run.again(conn, 0)
+            if conn.error is not None:
+                raise conn.error
         status = conn.status
         if before_start is not None:
             await before_start(status)
@@ -126,7 +140,7 @@ async def relay(
             raise BadUpstreamResponse(f"unusable answer: {exc}") from exc
         return RelayResult(
             status,
-            flight.bytes_in,
+            run.bytes_in,
             len(body),
             upstream_ms,
             Outcome.CLIENT_GONE if exchange.gone else Outcome.COMPLETE,
@@ -135,70 +149,79 @@ async def relay(
             head_ms or upstream_ms,
         )
     finally:
-        watcher.close(flight)
+        watcher.close(run)
         if run.conn is not None:
             run.finish()
 
 
-class _Relay:
+class _Relay(Flight):
     """The state of one relay: its connection, and the task that sends the request body."""
 
-    __slots__ = ("_began", "_flight", "_head", "_pool", "_pump", "conn")
+    __slots__ = ("_head", "_pool", "_pump", "began")
 
-    def __init__(self, flight: Flight, pool: UpstreamPool, head: RequestHead) -> None:
-        self._flight = flight
+    def __init__(
+        self, watch: Watch, exchange: Exchange, pool: UpstreamPool, head: RequestHead
+    ) -> None:
+        super().__init__(watch, exchange, pool.response_ticks)
         self._pool = pool
         self._head = head
         self._pump: asyncio.Task[None] | None = None
-        self._began = 0.0
-        self.conn: UpstreamConnection | None = None
+        self.began = 0.0
 
     async def request(self) -> UpstreamConnection:
         """Send the request; returns when the head of the answer, or all of it, is there."""
-        flight, pool, head = self._flight, self._pool, self._head
         body = b""
-        length = head.body_length
+        length = self._head.body_length
         if length:
-            body, complete = await _read_body(flight, length)
+            body, complete = await _read_body(self, length)
             if complete:
                 length = 0
-        conn = pool.get_idle()
+        conn = self._pool.get_idle()
         if conn is None:
-            conn = await pool.acquire()
+            conn = await self._pool.acquire()
+        self.began = clock.monotonic()
+        try:
+            return await self._try(conn, body, length)
+        except UpstreamClosed:
+            return await self.again(conn, length, body)
+
+    async def again(
+        self, conn: UpstreamConnection, length: int, body: bytes = b""
+    ) -> UpstreamConnection:
+        """Send the request a second time, where its kept connection was closed meanwhile: nothing
+        was answered, and it can be sent again as it was.
+
+        Raises:
+            UpstreamClosed: that is not so.
+        """
+        head = self._head
+        if conn.answered or conn.requests < 2 or length or head.method not in IDEMPOTENT:
+            assert conn.error is not None
+            raise conn.error
+        self.conn = None
+        self._pool.release(conn)
+        return await self._try(await self._pool.acquire(fresh=True), body, 0)
+
+    async def _try(self, conn: UpstreamConnection, body: bytes, length: int) -> UpstreamConnection:
         self.conn = conn
-        self._began = clock.monotonic()
-        reused = conn.requests > 0
-        while True:
-            flight.conn = conn
-            if flight.error is not None:
-                raise flight.error
-            conn.begin(head.to(conn.target) + body, head.method == b"HEAD")
-            if length:
-                flight.body_sent = False
-                self._pump = asyncio.create_task(_send_body(flight, conn, length))
-            else:
-                flight.await_upstream()
-            try:
-                await conn.wait()
-            except UpstreamClosed:
-                # A kept connection that the upstream closed meanwhile: nothing was answered, and
-                # the request can be sent again as it was.
-                if conn.answered or not reused or length or head.method not in IDEMPOTENT:
-                    raise
-                self.conn = flight.conn = None
-                pool.release(conn)
-                conn = self.conn = await pool.acquire(fresh=True)
-                reused = False
-            else:
-                if conn.error is not None:
-                    raise conn.error
-                return conn
+        if self.error is not None:
+            raise self.error
+        head = self._head
+        conn.begin(head.to(conn.target) + body, head.method == b"HEAD")
+        if length:
+            self.body_sent = False
+            self._pump = asyncio.create_task(_send_body(self, conn, length))
+        else:
+            self.await_upstream()
+        await conn.wait()
+        if conn.error is not None:
+            raise conn.error
+        return conn
 
     async def stream(
         self, exchange: Exchange, headers: Sequence[Header], length: int, chunk: bytes
     ) -> RelayResult:
         """Pass the body on piece by piece; the first one, maybe empty, is here already."""
-        flight = self._flight
         conn = self.conn
         assert conn is not None
         status = conn.status
@@ -215,28 +238,28 @@ class _Relay:
                     exchange.write(chunk)
                     sent += len(chunk)
                     if exchange.must_drain:
-                        flight.await_client_read()
-                        flight.blocked = task
+                        self.await_client_read()
+                        self.blocked = task
                         await exchange.drain()
-                        flight.blocked = None
+                        self.blocked = None
                 if last:
                     break
-                flight.await_upstream()
+                self.await_upstream()
                 await conn.wait()
                 chunk = conn.take()
                 last = conn.complete  # read with the bytes: more may arrive while they are sent
             upstream_ms = self.finish()
             exchange.end()
-            return RelayResult(status, flight.bytes_in, sent, upstream_ms, Outcome.COMPLETE)
+            return RelayResult(status, self.bytes_in, sent, upstream_ms, Outcome.COMPLETE)
         except ExchangeError as error:
             return self._broken(exchange, status, sent, error)
         except asyncio.CancelledError:
-            if flight.error is None or task is None:
+            if self.error is None or task is None:
                 raise
             task.uncancel()
-            return self._broken(exchange, status, sent, flight.error)
+            return self._broken(exchange, status, sent, self.error)
         finally:
-            flight.blocked = None
+            self.blocked = None
 
     def _broken(
         self, exchange: Exchange, status: int, sent: int, error: ExchangeError
@@ -245,28 +268,28 @@ class _Relay:
         gone = isinstance(error, ClientDisconnected)
         outcome = Outcome.CLIENT_GONE if gone else Outcome.BROKEN
         upstream_ms = self.finish()
-        return RelayResult(status, self._flight.bytes_in, sent, upstream_ms, outcome, error)
+        return RelayResult(status, self.bytes_in, sent, upstream_ms, outcome, error)
 
     def head_ms(self, conn: UpstreamConnection) -> float:
         """The milliseconds until the head of the answer was read."""
-        return ((conn.head_at or clock.monotonic()) - self._began) * 1000
+        return ((conn.head_at or clock.monotonic()) - self.began) * 1000
 
     def finish(self) -> float:
         """Give the connection back; returns the milliseconds it was used."""
         conn = self.conn
-        self.conn = self._flight.conn = None
-        self._flight.deadline = 0
+        self.conn = None
+        self.deadline = 0
         if conn is None:
             return 0.0
         pump = self._pump
         if pump is not None:
-            if not self._flight.body_sent:
+            if not self.body_sent:
                 # Answered before it had the whole request: what it still expects of the body would
                 # be read as the next request.
                 conn.reusable = False
             pump.cancel()
         self._pool.release(conn)
-        return (clock.monotonic() - self._began) * 1000
+        return (clock.monotonic() - self.began) * 1000
 
 
 async def _read_body(flight: Flight, length: int) -> tuple[bytes, bool]:

@@ -56,7 +56,7 @@ class Flight:
         self._response_ticks = response_ticks
         self._late: type[ExchangeError] = ResponseTimeout
         self.exchange = exchange
-        self.started = watch.tick
+        self.started = 0
         self.deadline = 0  # in ticks; 0 is none
         self.conn: UpstreamConnection | None = None
         self.error: ExchangeError | None = None
@@ -122,13 +122,12 @@ class Watch:
         self._flights: dict[Flight, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def open(self, exchange: Exchange, response_ticks: int) -> Flight:
-        """A watched flight; `close()` it in any case."""
+    def add(self, flight: Flight) -> None:
+        """Watch a flight from now on; `close()` it in any case."""
         if self._timer is None:
             self._schedule()
-        flight = Flight(self, exchange, response_ticks)
+        flight.started = self.tick
         self._flights[flight] = None
-        return flight
 
     def close(self, flight: Flight) -> None:
         del self._flights[flight]

@@ -7,7 +7,7 @@ import asyncio
 from gateway.http.errors import ClientDisconnected, RequestTimeout
 from gateway.http.message import Request
 from gateway.proxy import watch
-from gateway.proxy.watch import TICK_S
+from gateway.proxy.watch import TICK_S, Flight
 from tests.support.exchange import RecordingExchange
 
 
@@ -20,7 +20,8 @@ def test_a_client_that_goes_ends_its_flight_only_while_there_is_one() -> None:
     async def run() -> None:
         watcher = watch.Watch(asyncio.get_running_loop())
         exchange = RecordingExchange(Request("GET", b"/", []))
-        flight = watcher.open(exchange, 10)
+        flight = Flight(watcher, exchange, 10)
+        watcher.add(flight)
         assert exchange.on_gone is not None
         exchange.on_gone()
         assert isinstance(flight.error, ClientDisconnected)
@@ -35,7 +36,8 @@ def test_who_is_waited_for_decides_what_a_time_out_is() -> None:
     async def run() -> None:
         watcher = watch.Watch(asyncio.get_running_loop())
         watcher.body_ticks = 1
-        flight = watcher.open(RecordingExchange(Request("POST", b"/", [])), 1_000)
+        flight = Flight(watcher, RecordingExchange(Request("POST", b"/", [])), 1_000)
+        watcher.add(flight)
         flight.await_client_body()
         async with asyncio.timeout(5):
             while flight.error is None:
