@@ -149,7 +149,7 @@ def case(url: str, pipe: Pipe, wanted: Case, subjects: Sequence[str]) -> dict[st
     if wanted.subjects == "one":
         groups = [[subjects[0]] * wanted.batch] * count
     else:
-        groups = [subjects[at % 8 * 128 :][: wanted.batch] for at in range(count)]
+        groups = [list(subjects[at % 8 * 128 :][: wanted.batch]) for at in range(count)]
     before = redis_us(pipe)
     seconds, cpu = run(lambda: batches(url, compiled, groups, wanted.batch))
     checks = count * wanted.batch
@@ -187,10 +187,16 @@ def main() -> None:
     parser.add_argument("--redis", type=Path, help="another server binary than the embedded Valkey")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    sizes = [[int(word) for word in text.split(",")] for text in (options.limits, options.batches)]
-    cases = [Case(*each) for each in product(*sizes, ("each", "one"))]
-    waiting = [int(word) for word in options.callers.split(",")]
-    found: dict[Case | int, list[dict[str, float]]] = {key: [] for key in [*cases, *waiting]}
+    limits, sizes, waiting = (
+        [int(word) for word in text.split(",")]
+        for text in (options.limits, options.batches, options.callers)
+    )
+    cases = [
+        Case(count, size, subjects)
+        for count, size, subjects in product(limits, sizes, ("each", "one"))
+    ]
+    found: dict[Case | int, list[dict[str, float]]] = {}
+    found |= {key: [] for key in cases} | {key: [] for key in waiting}
     subjects = names(1_024)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))

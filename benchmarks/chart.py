@@ -13,6 +13,7 @@ _COLOURS = {
     "direct": "#9aa5b1",
     "tallygate": "#2563eb",
     "traefik": "#24a1c1",
+    "traefik-fast": "#0e7490",
     "nginx": "#15803d",
     "envoy": "#b45bcf",
 }

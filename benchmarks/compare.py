@@ -27,7 +27,7 @@ import redis
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import idle, latency, report, scaling, soak
+from benchmarks import idle, interpreter, latency, report, scaling, soak
 from benchmarks.closedloop import client, closed_loop
 from benchmarks.peers import SIZES, Peer, Site, Start, envoy, nginx, traefik
 from benchmarks.processes import rss_mib, total_cpu_us
@@ -37,10 +37,12 @@ from benchmarks.tools import MissingError
 CUSTOMERS = 64
 STARTS: dict[str, Start] = {
     "traefik": traefik.limiter,
+    "traefik-fast": traefik.fast,
     "nginx": nginx.limiter,
     "envoy": envoy.bare,
 }
 NAMES = ("direct", "tallygate", *STARTS)
+USUAL = [name for name in NAMES if name != "traefik-fast"]
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,12 @@ Runs = dict[Scenario, dict[str, list[Run]]]
 
 
 @contextmanager
-def site(names: Sequence[str], redis_binary: Path | None) -> Iterator[tuple[Stack, list[Peer]]]:
+def site(
+    names: Sequence[str], redis_binary: Path | None = None, python: Path | None = None
+) -> Iterator[tuple[Stack, list[Peer]]]:
     """Stores, upstream and all peers, running; idle ones cost nothing."""
     with ExitStack() as cleanup:
-        stores = cleanup.enter_context(running_stack(redis_binary))
+        stores = cleanup.enter_context(running_stack(redis_binary, python))
         peers = []
         if "direct" in names:
             port = stores.upstream_port
@@ -110,7 +114,7 @@ def site(names: Sequence[str], redis_binary: Path | None) -> Iterator[tuple[Stac
 
 
 @contextmanager
-def running_stack(redis_binary: Path | None = None) -> Iterator[Stack]:
+def running_stack(redis_binary: Path | None, python: Path | None) -> Iterator[Stack]:
     """The stack with nginx as its upstream, where there is one, and a reconciler."""
     with ExitStack() as cleanup:
         port, folder = None, cleanup.enter_context(report.folder())
@@ -126,6 +130,7 @@ def running_stack(redis_binary: Path | None = None) -> Iterator[Stack]:
                 upstream_port=port,
                 reconciler=True,
                 redis=redis_binary,
+                python=python,
             )
         )
 
@@ -245,7 +250,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="two scenarios, five rounds of a second, no extras")
     add("--full", action="store_true", help="all combinations: the better part of an hour")
-    add("--peers", type=_peers, default=list(NAMES), help=",".join(NAMES))
+    add("--peers", type=_peers, default=USUAL, help=f"{','.join(NAMES)}; without traefik-fast")
     add("--connections", type=_numbers, help="1,64,512")
     add("--sizes", type=_numbers, help="KiB of an answer: 1,64")
     add("--traffic", type=_words, help="admitted,rejected")
@@ -255,6 +260,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seconds", type=int, help="of each run: 2, with --quick 1")
     add("--redis", type=Path, help="another server binary than the embedded Valkey")
     add("--soak", type=float, metavar="SECONDS", help="load it so long and fit its memory: 600")
+    add(
+        "--python",
+        default="auto",
+        help="interpreter of the gateway, of this one's version; auto: "
+        "the system's where that is a faster build",
+    )
     add("--no-extras", action="store_true", help="no fixed rate, no scaling, no idle connections")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -268,9 +279,11 @@ def main() -> None:
     options = parse()
     scenarios = chosen(options)
     seconds = options.seconds or (1 if options.quick else 2)
-    with site(options.peers, options.redis) as (stack, peers):
+    python = interpreter.choose(options.python)
+    with site(options.peers, options.redis, python) as (stack, peers):
         runs = compare(stack, peers, scenarios, options.rounds, seconds)
         result = report.collect(options, peers, runs)
+        result["python"] = interpreter.describe(python)
         result["client"] = "wrk" if client() else "benchmarks.client"
         if not (options.quick or options.no_extras):
             result |= extras(stack, peers, result, options.rounds)

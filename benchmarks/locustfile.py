@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import gevent
+import gevent  # type: ignore[import-untyped]
 from locust import FastHttpUser, constant, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
@@ -66,7 +66,7 @@ book = Book()
 _numbers = count()
 
 
-@events.init_command_line_parser.add_listener
+@events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
 def _arguments(parser: LocustArgumentParser) -> None:
     add = parser.add_argument
     add("--keys", default="", help="file of API keys, one a line")
@@ -77,9 +77,10 @@ def _arguments(parser: LocustArgumentParser) -> None:
     add("--report", default="", help="file for what was counted, as JSON")
 
 
-@events.quitting.add_listener
+@events.quitting.add_listener  # type: ignore[untyped-decorator]
 def _write(environment: Environment, **_: Any) -> None:
-    if file := environment.parsed_options.report:
+    options = environment.parsed_options
+    if options and (file := options.report):
         Path(file).write_text(json.dumps(book.report()))
 
 
@@ -90,7 +91,7 @@ def _read(file: str) -> list[str]:
     return keys
 
 
-class Client(FastHttpUser):  # type: ignore[misc]
+class Client(FastHttpUser):
     """One user of the API; each has a number, and the keys in turn start with its own."""
 
     abstract = True
@@ -154,7 +155,7 @@ class Paced(Client):
         self.ask(self.next_key(), due)
 
     def next_key(self) -> str:
-        return self.key  # type: ignore[no-any-return]
+        return self.key
 
 
 class Steady(Paced):

@@ -55,11 +55,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def wait_ready(url: str, headers: Mapping[str, str] | None = None) -> None:
+def wait_ready(url: str, headers: Mapping[str, str] | None = None, log: Path | None = None) -> None:
     """Until the URL answers anything but 502, 503 or 504.
 
     Raises:
-        TimeoutError: it did not within 30 s.
+        TimeoutError: it did not within 30 s; the message has the end of the log.
     """
     deadline = time.monotonic() + _READY_S
     request = urllib.request.Request(url, headers=dict(headers or {}))
@@ -73,7 +73,8 @@ def wait_ready(url: str, headers: Mapping[str, str] | None = None) -> None:
         except OSError:
             pass
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{url} is not ready after {_READY_S:.0f} s")
+            said = log.read_text(errors="replace")[-2000:] if log else ""
+            raise TimeoutError(f"{url} is not ready after {_READY_S:.0f} s\n{said}")
         time.sleep(0.05)
 
 

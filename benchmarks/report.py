@@ -81,7 +81,7 @@ def _found(result: Result, title: str, peer: str) -> Mapping[str, Any] | None:
 
 def median_of(result: Result, title: str, peer: str, name: str) -> float | None:
     found = _found(result, title, peer)
-    return found["median"][name] if found else None
+    return float(found["median"][name]) if found else None
 
 
 def ratio(
@@ -92,7 +92,7 @@ def ratio(
     if not first or not second:
         return None
     pairs = zip(first["runs"], second["runs"], strict=True)
-    return statistics.median(a[name] / b[name] for a, b in pairs)
+    return float(statistics.median(a[name] / b[name] for a, b in pairs))
 
 
 def targets(result: Result) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ def print_tables(result: Result) -> None:
     if not console.is_terminal:
         console.width = _WIDTH
     heading = f"{result['date'][:10]}, {result['machine']}, medians of {result['rounds']} rounds"
-    console.print(f"{heading}, client {result['client']}, {result['redis']}")
+    console.print(f"{heading}, client {result['client']}, {result['redis']}, {result['python']}")
     table = Table()
     table.add_column("scenario")
     table.add_column("through")
@@ -180,7 +180,7 @@ def print_markdown(result: Result) -> None:
     """The same tables, to be pasted into a page."""
     heading = f"{result['date'][:10]}, {result['machine']}, medians of {result['rounds']} rounds"
     titles = [title for title, _ in _COLUMNS]
-    print(f"{heading}, client {result['client']}, {result['redis']}\n")
+    print(f"{heading}, client {result['client']}, {result['redis']}, {result['python']}\n")
     print(_line(["scenario", "through", *titles]))
     print(_line(["---", "---", *["---:"] * len(titles)]))
     for scenario in result["scenarios"]:

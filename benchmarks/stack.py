@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from benchmarks import interpreter
 from benchmarks.processes import children, pin, pinned, start, wait_ready
 from cli.embedded import EmbeddedPostgres, EmbeddedValkey, free_port
 from core.db import connect_pool, migrate
@@ -98,6 +99,7 @@ class Stack:
     subscriptions: dict[str, str]
     config: Path
     environment: dict[str, str]
+    python: Path
     cores: Cores
     cleanup: ExitStack
     gateway_port: int = 0
@@ -111,15 +113,18 @@ class Stack:
             cores or self.cores.gateway,
             *("gateway", "--config", str(self.config), "--workers", str(workers)),
             *("--listen", f"127.0.0.1:{port}"),
+            log=(log := self._log("gateway")),
         )
-        wait_ready(f"http://127.0.0.1:{port}/-/readyz")
+        wait_ready(f"http://127.0.0.1:{port}/-/readyz", log=log)
         return port, children(process.pid)
 
-    def start(self, cores: str, *module: str) -> subprocess.Popen[bytes]:
+    def start(self, cores: str, *module: str, log: Path | None = None) -> subprocess.Popen[bytes]:
         """`python -m <module>` on these cores, with the stack's environment, until its end."""
-        command = pinned(cores, [sys.executable, "-m", *module])
-        log = self.folder / f"{module[0]}-{free_port()}.log"
-        return start(self.cleanup, command, env=self.environment, log=log)
+        command = pinned(cores, [str(self.python), "-m", *module])
+        return start(self.cleanup, command, env=self.environment, log=log or self._log(module[0]))
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}-{free_port()}.log"
 
 
 async def _prepare(
@@ -155,6 +160,7 @@ def running(
     upstream_port: int | None = None,
     reconciler: bool = False,
     redis: Path | None = None,
+    python: Path | None = None,
 ) -> Iterator[Stack]:
     """A stack that lasts as long as the context.
 
@@ -167,6 +173,7 @@ def running(
         upstream_port: an upstream that is there already; without it, the stub is started.
         reconciler: run one, as in production.
         redis: another server binary than the embedded Valkey.
+        python: another interpreter of the same version than this one.
     """
     cores = cores or Cores.of_machine()
     with ExitStack() as cleanup:
@@ -184,7 +191,9 @@ def running(
         upstream = upstream_port or free_port()
         file = folder / "config.yaml"
         file.write_text(config.format(upstream=upstream))
-        environment = os.environ | {
+        python = python or Path(sys.executable)
+        environment = os.environ | interpreter.environment(python)
+        environment |= {
             "TALLYGATE_REDIS_URL": valkey.url,
             "TALLYGATE_POSTGRES_URL": postgres.url,
             "TALLYGATE_KEY_PEPPER": PEPPER,
@@ -200,6 +209,7 @@ def running(
             subscriptions=by_key,
             config=file,
             environment=environment,
+            python=python,
             cores=cores,
             cleanup=cleanup,
         )

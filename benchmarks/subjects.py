@@ -82,7 +82,8 @@ class Pipe:
         replies: list[object] = []
         stream = iter(commands)
         while chunk := list(islice(stream, _CHUNK)):
-            self._socket.sendall(b"".join(hiredis.pack_command(c) for c in chunk))
+            packed = [hiredis.pack_command(c) for c in chunk]  # type: ignore[arg-type]
+            self._socket.sendall(b"".join(packed))
             wanted = len(replies) + len(chunk)
             while len(replies) < wanted:
                 reply = self._reader.gets()

