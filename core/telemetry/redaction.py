@@ -129,7 +129,7 @@ def scrub(line: bytes) -> bytes:
 
 
 def _is_named_pair(value: Any) -> bool:
-    """A `(b"authorization", b"...")` of an ASGI header list."""
+    """A `(b"authorization", b"...")` of a header list."""
     return (
         isinstance(value, tuple | list)
         and len(value) == 2

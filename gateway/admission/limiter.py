@@ -8,9 +8,10 @@ in the answer. Both count nothing, so asking again is free of double counting.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from core import clock
 from core.admission.program import OVERAGE, REFUSED, WARNED, Program, Verdict
 from core.admission.seeder import Seeder
 from core.errors import StoreUnavailableError
@@ -19,6 +20,7 @@ from core.period import Span, billing_period
 from core.policy import OutageMode
 from core.telemetry import logs
 from gateway.admission.batcher import Batcher
+from gateway.admission.blocked import Blocked
 from gateway.admission.charge import Charge
 from gateway.admission.leases import Held, Leases
 from gateway.admission.settler import Settler
@@ -57,6 +59,7 @@ class Admission:
     interval_months: int
     outage: OutageRules = _CLOSED
     charged: frozenset[int] | None = None
+    blocked: Blocked = field(default_factory=Blocked, compare=False)
 
 
 class Decision(NamedTuple):
@@ -106,6 +109,8 @@ class Limiter:
         """
         batcher = self._batcher
         program = admission.program
+        if admission.blocked and (refusal := admission.blocked.find(subscription.id)) is not None:
+            return self._decision(admission, refusal, (), request_id, subscription.id)
         try:
             if program.lease_limits:
                 return await self._ask_redis(admission, subscription, request_id)
@@ -117,6 +122,7 @@ class Limiter:
             ):
                 self._set_period(admission, subscription, now_ms)
             keys = (self._keyspace.state(subscription.id),)
+            asked = clock.monotonic()
             numbers = await batcher.submit(
                 program,
                 keys,
@@ -125,7 +131,10 @@ class Limiter:
                 request_id,
                 subscription.id,
             )
-            if numbers[1] <= Verdict.REJECT:
+            if numbers[1] == Verdict.ADMIT:
+                return self._decision(admission, numbers, keys, request_id, subscription.id)
+            if numbers[1] == Verdict.REJECT:
+                self._remember(admission, subscription.id, numbers, asked)
                 return self._decision(admission, numbers, keys, request_id, subscription.id)
             return await self._ask_redis(admission, subscription, request_id)
         except StoreUnavailableError as error:
@@ -143,6 +152,7 @@ class Limiter:
         keys = self._keys(subscription.id, program)
         for _ in range(_MAX_TRIES):
             now_ms = batcher.redis_now_ms()
+            asked = clock.monotonic()
             # The interval is part of what is cached: under a configuration that changed it, an
             # older request may still be under way.
             if (
@@ -160,6 +170,8 @@ class Limiter:
             )
             status = numbers[1]
             if status <= Verdict.REJECT:
+                if status == Verdict.REJECT:
+                    self._remember(admission, subscription.id, numbers, asked)
                 return self._decision(admission, numbers, keys, request_id, subscription.id)
             if status in (Verdict.COLD, Verdict.UNVERIFIED):
                 await self._seeder.seed(
@@ -190,14 +202,25 @@ class Limiter:
     async def _ask_redis_anonymous(
         self, admission: Admission, subject: str, request_id: str
     ) -> Decision:
+        if admission.blocked and (refusal := admission.blocked.find(subject)) is not None:
+            return self._decision(admission, refusal, (), request_id, subject)
         keys = self._keys(subject, admission.program)
         for _ in range(_MAX_TRIES):
+            asked = clock.monotonic()
             numbers = await self._ask(admission.program, keys, 0, 0, request_id, subject)
             if numbers[1] <= Verdict.REJECT:
+                if numbers[1] == Verdict.REJECT:
+                    self._remember(admission, subject, numbers, asked)
                 return self._decision(admission, numbers, keys, request_id, subject)
             if numbers[1] != Verdict.STALE:
                 raise _undecided(numbers[1], subject)
         raise StoreUnavailableError("the calendar kept changing; no decision was reached")
+
+    @staticmethod
+    def _remember(admission: Admission, subject: str, numbers: Sequence[int], asked: float) -> None:
+        # Where answers decide what is paid, quota comes back at any time.
+        if not admission.program.reserve_ms:
+            admission.blocked.remember(subject, numbers, admission.policies, asked)
 
     async def _without_redis(
         self,

@@ -162,7 +162,7 @@ class PlanHeaders:
     def of(self, states: Sequence[LimitState]) -> Headers:
         """The headers for a decision: `states` is of this plan's limits, in any order, or empty.
 
-        Names are lower case, as ASGI wants them. Retry-After is there when a limit refused.
+        Names are lower case. Retry-After is there when a limit refused.
         """
         # One pass and no attribute access: this runs for each request (1 µs for four limits).
         shadow = self._shadow

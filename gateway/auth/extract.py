@@ -17,7 +17,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 class Source:
     """Where a key was found, so that it can be taken out before the request goes on.
 
-    Exactly one is set: `header`, a lower-case name as in ASGI, or `query`, the decoded name of a
+    Exactly one is set: `header`, a lower-case name, or `query`, the decoded name of a
     parameter.
     """
 
@@ -59,7 +59,7 @@ class KeyExtractor:
     def extract(self, headers: Headers, query_string: bytes) -> Found:
         """The key and its source; `(None, None)` when the request carries none.
 
-        `headers` are ASGI's: lower-case names, values, both bytes.
+        `headers` are pairs of lower-case name and value, both bytes.
         """
         sources = self._sources
         other = _NOTHING

@@ -24,7 +24,7 @@ from gateway.proxy.headers import RESPONSE_SPECIAL, Target, connection_tokens
 READ_HIGH_WATER: Final = 64 * 1024
 
 # Bodies of a known length up to this are delivered whole: most servers write head and body
-# separately, and one ASGI message pair costs a third of a streamed answer. A body cut short then
+# separately, and a streamed answer costs a third more. A body cut short then
 # becomes a clean 502 too. One that does not follow its head at once is streamed after all.
 GATHER_LIMIT: Final = 64 * 1024
 

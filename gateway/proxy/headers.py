@@ -1,6 +1,6 @@
 """What the heads of requests and responses share: hop-by-hop fields, targets, byte checks.
 
-A header is a pair of bytes, the name in lower case, as ASGI has them.
+A header is a pair of bytes, the name in lower case.
 """
 
 from __future__ import annotations

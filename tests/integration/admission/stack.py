@@ -22,7 +22,7 @@ from gateway.admission.batcher import Batcher
 from gateway.admission.leases import Leases
 from gateway.admission.limiter import Admission, Decision, Limiter
 from gateway.admission.settler import Settler
-from gateway.answers.verdict import policy_of
+from gateway.answers.verdict import LimitState, policy_of
 from gateway.outage import entries
 from gateway.outage.decide import Outage, OutageRules
 from gateway.outage.local import compile_local
@@ -164,6 +164,18 @@ async def stack(
         await batcher.close()
         await store.close()
         await database.close()
+
+
+def told(admission: Admission, decision: Decision) -> list[LimitState]:
+    """The states of a decision, also where nobody needed them."""
+    if not decision.numbers:
+        return decision.states
+    return [
+        LimitState(*policy.static, remaining // policy.divisor, reset_ms)
+        for policy, remaining, reset_ms in zip(
+            admission.policies, decision.numbers[3::3], decision.numbers[4::3], strict=True
+        )
+    ]
 
 
 def admitted(decisions: list[Decision]) -> int:

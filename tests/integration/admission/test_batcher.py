@@ -17,7 +17,7 @@ from core.admission.program import Verdict
 from core.errors import StoreUnavailableError
 from core.period import DAY_MS, billing_period, calendar_bounds
 from core.policy import Concurrency, PeriodKind, Quota
-from tests.integration.admission.stack import Stack, Subscription, admitted, stack
+from tests.integration.admission.stack import Stack, Subscription, admitted, stack, told
 from tests.support import free_port, wait_until_async
 from tests.support.scripts import Scripts, plan_of
 
@@ -63,9 +63,8 @@ def test_checks_of_one_tick_leave_together(any_redis_url: str, database: str) ->
         )
         assert admitted(found) == await count(s) == 500
         assert sizes == [128, 128, 128, 116]
-        assert sorted(decision.states[0].remaining for decision in found) == list(
-            range(10**6 - 500, 10**6)
-        )
+        remaining = sorted(told(admission, decision)[0].remaining for decision in found)
+        assert remaining == list(range(10**6 - 500, 10**6))
         assert (s.batcher.stats.batches, s.batcher.stats.checks) == (4, 500)
         assert s.batcher.stats.errors == {}
 
@@ -95,10 +94,11 @@ def test_each_check_of_a_mixed_batch_has_its_own_answer(any_redis_url: str, data
         assert admitted(found) == 200
         left: dict[str, list[int]] = {"a": [], "b": [], "c": []}
         for (name, admission), decision in zip(asked, found, strict=True):
-            assert [state.name for state in decision.states] == [
+            states = told(admission, decision)
+            assert [state.name for state in states] == [
                 limit.name for limit in admission.program.limits
             ]
-            left[name].append(decision.states[-1].remaining)
+            left[name].append(states[-1].remaining)
         # each answer tells what was left after its own check, so all of a subject's differ
         assert sorted(left["a"]) == list(range(10**6 - 80, 10**6))
         assert sorted(left["c"]) == list(range(10**6 - 40, 10**6))
@@ -110,11 +110,12 @@ def test_each_check_of_a_mixed_batch_has_its_own_answer(any_redis_url: str, data
         two = await asyncio.gather(
             s.limiter.admit(leased, subjects["c"], "x"), s.limiter.admit(plain, subjects["a"], "y")
         )
-        assert [[state.name for state in decision.states] for decision in two] == [
+        both = [told(leased, two[0]), told(plain, two[1])]
+        assert [[state.name for state in states] for states in both] == [
             ["slots", "monthly"],
             ["monthly"],
         ]
-        assert [decision.states[-1].remaining for decision in two] == [10**6 - 41, 10**6 - 81]
+        assert [states[-1].remaining for states in both] == [10**6 - 41, 10**6 - 81]
         assert sizes == [128, 72, 2]
 
     run(any_redis_url, database, check)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -264,3 +265,36 @@ def test_any_decision_gives_parseable_headers_that_agree(
             assert described.kind != "concurrency"
             ratios = [s.remaining / s.limit for s in given_states if s.kind != "concurrency"]
             assert described.remaining / described.limit == min(ratios)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(-5, 10**6), st.integers(0, 10**8), st.booleans()),
+        min_size=5,
+        max_size=5,
+    ),
+    st.booleans(),
+    st.booleans(),
+    st.sets(st.integers(0, 4)),
+)
+def test_the_short_way_says_what_the_long_way_says(
+    rows: list[tuple[int, int, bool]], ratelimit: bool, legacy: bool, chosen: set[int]
+) -> None:
+    meters = {"credits": Meter("credits", unit="credit", decimals=2)}
+    limits = (*PLAN.limits, Quota("credits", "credits", 50_000, PeriodKind.DAY))
+    enforced = tuple(
+        replace(limit, enforce=row[2]) for limit, row in zip(limits, rows, strict=True)
+    )
+    headers = PlanHeaders(Plan("pro", enforced), meters, ratelimit=ratelimit, legacy=legacy)
+    asked = sorted(chosen)  # a route asks those limits whose meters it costs
+    policies = [headers.policies[n] for n in asked]
+    numbers: list[int] = [1_700_000_000_000, 0]
+    for n in asked:
+        numbers += (0, rows[n][0], rows[n][1])
+    expected = headers.of(
+        [
+            LimitState(*p.static, rows[n][0] // p.divisor, rows[n][1])
+            for n, p in zip(asked, policies, strict=True)
+        ]
+    )
+    assert headers.plain(policies)(numbers) == expected
