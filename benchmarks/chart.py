@@ -1,5 +1,8 @@
 """A result as one SVG: CPU per request of gateway and Redis, and requests/s, by scenario.
 
+Bars compare within a scenario: the longest of each is as wide as the panel. The direct upstream,
+which is many times as fast, is left to the table.
+
 Plain bars, written by hand: no plotting library is worth its weight for two of them.
 """
 
@@ -10,7 +13,6 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 _COLOURS = {
-    "direct": "#9aa5b1",
     "tallygate": "#2563eb",
     "traefik": "#24a1c1",
     "traefik-fast": "#0e7490",
@@ -18,13 +20,15 @@ _COLOURS = {
     "envoy": "#b45bcf",
 }
 _BAR, _GAP, _GROUP, _TOP = 15, 3, 16, 92
-_LABEL, _PANEL, _PAD = 170, 330, 64
+_LABEL, _PANEL, _PAD = 190, 330, 64
 _WIDTH = _LABEL + 2 * (_PANEL + _PAD)
 
 
 def draw(result: Mapping[str, Any]) -> str:
     """The whole picture; a scenario is a group of bars, a peer a colour."""
-    rows, height = _place(result["scenarios"])
+    scenarios = [_through(scenario) for scenario in result["scenarios"]]
+    scenarios = [scenario for scenario in scenarios if scenario["peers"]]
+    rows, height = _place(scenarios)
     panels = (
         ("CPU per request, µs: gateway, Redis (pale)", _cpu),
         ("requests/s", lambda median: (median["rps"], 0.0)),
@@ -35,9 +39,9 @@ def draw(result: Mapping[str, Any]) -> str:
         f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
         _text(16, 24, f"Tallygate benchmarks, {result['date'][:10]}", size=16),
         _text(16, 42, f"{result['machine']}, medians of {result['rounds']} rounds", "#52606d"),
-        *_legend(result["peers"]),
+        *_legend({name: title for name, title in result["peers"].items() if name != "direct"}),
     ]
-    for title, y in _titles(result["scenarios"], rows):
+    for title, y in _titles(scenarios, rows):
         parts.append(_text(_LABEL - 12, y, title, anchor="end"))
     for number, (title, values) in enumerate(panels):
         left = _LABEL + number * (_PANEL + _PAD)
@@ -46,7 +50,8 @@ def draw(result: Mapping[str, Any]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-Row = tuple[str, Mapping[str, float], float]
+# peer, its medians, those of all in the scenario, place
+Row = tuple[str, Mapping[str, float], Sequence[Mapping[str, float]], float]
 Values = Callable[[Mapping[str, float]], tuple[float, float]]
 
 
@@ -54,12 +59,18 @@ def _cpu(median: Mapping[str, float]) -> tuple[float, float]:
     return median["gateway_us"], median["redis_us"]
 
 
+def _through(scenario: Mapping[str, Any]) -> dict[str, Any]:
+    peers = {name: found for name, found in scenario["peers"].items() if name != "direct"}
+    return {"title": scenario["title"], "peers": peers}
+
+
 def _place(scenarios: Sequence[Mapping[str, Any]]) -> tuple[list[Row], int]:
     rows: list[Row] = []
     y = float(_TOP)
     for scenario in scenarios:
+        all_of_it = [found["median"] for found in scenario["peers"].values()]
         for name, found in scenario["peers"].items():
-            rows.append((name, found["median"], y))
+            rows.append((name, found["median"], all_of_it, y))
             y += _BAR + _GAP
         y += _GROUP
     return rows, int(y + 4)
@@ -68,16 +79,15 @@ def _place(scenarios: Sequence[Mapping[str, Any]]) -> tuple[list[Row], int]:
 def _titles(scenarios: Sequence[Mapping[str, Any]], rows: list[Row]) -> list[tuple[str, float]]:
     found, at = [], 0
     for scenario in scenarios:
-        found.append((scenario["title"], rows[at][2] + _BAR - 3))
+        found.append((scenario["title"], rows[at][3] + _BAR - 3))
         at += len(scenario["peers"])
     return found
 
 
 def _bars(rows: list[Row], left: float, values: Values) -> list[str]:
-    most = max((sum(values(median)) for _, median, _ in rows), default=1.0) or 1.0
-    scale = _PANEL / most
     parts = []
-    for name, median, y in rows:
+    for name, median, others, y in rows:
+        scale = _PANEL / (max(sum(values(each)) for each in others) or 1.0)
         first, second = values(median)
         colour = _COLOURS.get(name, "#52606d")
         parts.append(_rect(left, y, first * scale, colour))

@@ -1,4 +1,4 @@
-"""Which Python runs the gateway. Builds of one version differ by a quarter in speed.
+"""Which Python runs the gateway. Builds of one version differ in speed.
 
 A Python built without profile-guided and link-time optimisation, as pyenv does by default, is no
 fair match for peers that are release builds. Distributions and official images ship optimised ones.
