@@ -1,8 +1,9 @@
 """`python -m gateway`: the data plane, a supervisor and its workers.
 
 SIGTERM and SIGINT drain and stop all workers; SIGHUP makes each read the configuration again (a
-file that is refused changes nothing). A worker that dies is replaced; should the supervisor be
-killed, the workers are told by the kernel and drain by themselves.
+file that is refused changes nothing); SIGUSR2 replaces them one after another, without a lost
+request. A worker that dies is replaced; should the supervisor be killed, the workers are told by
+the kernel and drain by themselves.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +22,10 @@ from core.leave import leave
 from core.telemetry import logs
 from gateway import worker
 from gateway.lifeline import die_with_parent
+from gateway.listeners import HTTP, bind, check_free, inherited, parse_listener
+from gateway.roll import CONNECTED
 from gateway.settings import required
-from gateway.supervisor import Supervisor
+from gateway.supervisor import SIGNALS, Supervisor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,16 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         listen = parse_address(arguments.listen) if arguments.listen else None
         if arguments.worker:
-            # A reload asked for now finds the worker reading the file anyway.
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            die_with_parent(arguments.parent)
-            workers = arguments.workers or 1
-            return worker.run(arguments.config, listen, arguments.ready_fd, workers)
+            return worker.run(_start(arguments, listen))
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # obeyed once workers are started
+        given = inherited(os.environ)
         snapshot = load(arguments.config)
         required(snapshot)
         listen = listen or snapshot.settings.gateway.listen
-        _check_port(listen)
+        if not given:
+            check_free(listen)
     except (TallygateError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -49,21 +49,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.configure(settings.log.level, settings.log.format, "gateway")
     count = arguments.workers or settings.gateway.workers or len(os.sched_getaffinity(0))
     try:
-        return Supervisor(arguments.config, snapshot, listen, count).run()
+        return Supervisor(arguments.config, snapshot, [(listen, HTTP)], count, given).run()
+    except TallygateError as error:
+        print(error, file=sys.stderr)
+        return 1
     finally:
         logs.drain()
 
 
+def _start(arguments: argparse.Namespace, listen: Address | None) -> worker.Start:
+    """A worker's part, as its supervisor asked for it."""
+    # Until it handles them: a reload finds the worker reading the file anyway, and a terminal's
+    # Ctrl-C, which all processes get, is the supervisor's to obey.
+    for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    die_with_parent(arguments.parent)
+    listeners = [parse_listener(text) for text in arguments.listen_fd]
+    if listen is not None:
+        listeners.append(bind(listen))
+    return worker.Start(
+        arguments.config,
+        listeners,
+        arguments.ready_fd,
+        arguments.workers or 1,
+        arguments.connected,
+        arguments.parent,
+    )
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="tallygate gateway", description="Run the data plane: decide and proxy requests."
+        prog="tallygate gateway",
+        description="Run the data plane: decide and proxy requests.",
+        epilog="Signals: TERM, INT drain and stop (once more: kill); HUP reads the configuration "
+        "again; USR2 restarts the workers one after another, without a lost request.",
     )
     parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
     parser.add_argument("--listen", metavar="HOST:PORT", help="instead of gateway.listen")
     parser.add_argument("--workers", type=_positive, metavar="N", help="instead of gateway.workers")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--ready-fd", type=int, default=-1, help=argparse.SUPPRESS)
+    for flag in ("--worker", CONNECTED):
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    for flag, default in (("--parent", 0), ("--ready-fd", -1)):
+        parser.add_argument(flag, type=int, default=default, help=argparse.SUPPRESS)
+    parser.add_argument("--listen-fd", action="append", default=[], help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -72,24 +101,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} workers: at least 1 is needed")
     return number
-
-
-def _check_port(listen: Address) -> None:
-    """Workers share the port, and so would two gateways: refuse that with a plain bind.
-
-    Raises:
-        TallygateError: the address cannot be listened on.
-    """
-    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((listen.host, listen.port))
-        except OSError as error:
-            raise TallygateError(
-                f"gateway.listen: cannot listen on {listen}: {error.strerror}; "
-                "choose another port or stop what uses it"
-            ) from None
 
 
 if __name__ == "__main__":

@@ -74,7 +74,18 @@ class Gateway:
         # Why the worker must not go on, and what then ends it: set by whoever serves it.
         self.fatal: ConfigError | None = None
         self.on_fatal: Callable[[], object] | None = None
+        # The gateway is about to stop: load balancers are told, requests are served.
+        self.leaving = False
         self._tasks: list[asyncio.Task[Any]] = []
+
+    @property
+    def connected(self) -> bool:
+        """Both stores answer. Not needed to serve, but to take a worker's place that does."""
+        return self._batcher.connected and self._database.healthy
+
+    def leave(self) -> None:
+        """Not ready from now on."""
+        self.leaving = True
 
     async def open(self) -> None:
         """Connects. A store that is down is no error: the worker answers 503 and tries again.
@@ -178,7 +189,7 @@ class Gateway:
                 await self._leases.close()
                 await self._settler.close()
         await self._loader.close()
-        await self._replay.close()
+        await self._replay.close(_STORE_TIMEOUT_S)
         await self._journal.close()
         await self._seeder.close()
         await self._batcher.close()
@@ -216,10 +227,11 @@ class Gateway:
 
     async def _health(self, path: str, exchange: Exchange) -> None:
         # Postgres being away is no reason to take a worker out: cached keys go on working.
-        ready = path == HEALTH_PATH or self._batcher.connected
+        ready = path == HEALTH_PATH or (self._batcher.connected and not self.leaving)
+        status = "draining" if self.leaving else "ok" if ready else "unavailable"
         body = orjson.dumps(
             {
-                "status": "ok" if ready else "unavailable",
+                "status": status,
                 "redis": "ok" if self._batcher.connected else "down",
                 "postgres": "ok" if self._database.healthy else "down",
                 "config": self.config.current.digest[:12],

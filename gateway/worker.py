@@ -1,8 +1,4 @@
-"""One gateway worker: a process with one event loop behind a listening socket of its own.
-
-Workers share the port through SO_REUSEPORT, so the kernel spreads connections and a worker that
-dies takes only its own with it.
-"""
+"""One gateway worker: a process with one event loop that serves the sockets of its slot."""
 
 from __future__ import annotations
 
@@ -11,41 +7,66 @@ import gc
 import os
 import resource
 import signal
-import socket
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
 
-from core.config import Address, Snapshot, load
+from core import clock
+from core.config import Snapshot, load
 from core.errors import TallygateError
 from core.telemetry import logs
 from gateway.app import Gateway
 from gateway.http.server import HttpServer, Limits
+from gateway.listeners import HTTP, Listener
 from gateway.proxy import watch
 
 _log = logs.get_logger()
 
 # Connections one worker serves at once; beyond that the kernel queues. Never more than there are
 # file descriptors for: out of them, accepting would fail and be tried again without end.
-_BACKPRESSURE = 65_536
+_MAX_CONNECTIONS = 65_536
 _RESERVED_FILES = 64
 _FEW_FILES = 4_096
 _GC_THRESHOLD = (20_000, 20, 100)
+# How long a handshake may be under way that began before new ones were refused.
+_HANDSHAKE_S = 0.25
+# And how long the rest of the queue may take to be accepted.
+_QUEUE_S = 1.0
+_CONNECTED_POLL_S = 0.05
 
 
-def run(config: Path, listen: Address | None, ready_fd: int = -1, workers: int = 1) -> int:
-    """Runs one of so many workers until SIGTERM or SIGINT; the exit status.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How the supervisor starts a worker.
 
-    One byte is written to `ready_fd` (unless negative) once it listens.
+    Attributes:
+        config: its file.
+        listeners: to be served, and closed, by the worker.
+        ready_fd: one byte is written to it, unless negative, once they are served.
+        workers: how many there are on this host.
+        connected: serve only once both stores are connected.
+        parent: process id of the supervisor.
     """
+
+    config: Path
+    listeners: Sequence[Listener]
+    ready_fd: int = -1
+    workers: int = 1
+    connected: bool = False
+    parent: int = 0
+
+
+def run(start: Start) -> int:
+    """Runs a worker until SIGTERM; the exit status."""
     try:
-        snapshot = load(config)
+        snapshot = load(start.config)
         settings = snapshot.settings
         logs.configure(settings.log.level, settings.log.format, "gateway")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            listen = listen or settings.gateway.listen
-            runner.run(_serve(config, snapshot, listen, ready_fd, workers))
+            runner.run(_serve(start, snapshot))
     except (TallygateError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -54,10 +75,8 @@ def run(config: Path, listen: Address | None, ready_fd: int = -1, workers: int =
     return 0
 
 
-async def _serve(
-    path: Path, snapshot: Snapshot, listen: Address, ready_fd: int, workers: int
-) -> None:
-    gateway = Gateway(path, snapshot, workers)
+async def _serve(start: Start, snapshot: Snapshot) -> None:
+    gateway = Gateway(start.config, snapshot, start.workers)
     await gateway.open()
     # What exists now lives as long as the process: leave it out of every collection to come. And
     # collect rarely: requests leave no cycles behind, so the default only walks live objects.
@@ -78,19 +97,20 @@ async def _serve(
         ),
         refuse=gateway.refuse,
     )
-    stopped = asyncio.Event()
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stopped.set)
+        loop.add_signal_handler(signum, stop.set)
+    loop.add_signal_handler(signal.SIGUSR1, gateway.leave)
     loop.add_signal_handler(signal.SIGHUP, gateway.config.reload)
-    gateway.on_fatal = stopped.set
+    gateway.on_fatal = stop.set
     try:
-        if gateway.fatal is None:
-            await server.listen(_bind(listen))
-            if ready_fd >= 0:
-                os.write(ready_fd, b"1")
-                os.close(ready_fd)
-            await stopped.wait()
+        if start.connected:
+            await _until_connected(gateway, stop)
+        if gateway.fatal is None and not stop.is_set():
+            await _listen(server, start)
+            await stop.wait()
+            await _leave(server, gateway, start)
             await server.drain(snapshot.settings.gateway.drain_ms / 1000)
     finally:
         await server.close()
@@ -100,13 +120,39 @@ async def _serve(
         raise gateway.fatal
 
 
-def _bind(listen: Address) -> socket.socket:
-    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    sock.bind((listen.host, listen.port))
-    return sock
+async def _until_connected(gateway: Gateway, stop: asyncio.Event) -> None:
+    """The supervisor loses its patience if that takes too long."""
+    while not (gateway.connected or stop.is_set()):  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(_CONNECTED_POLL_S)
+
+
+async def _listen(server: HttpServer, start: Start) -> None:
+    for listener in start.listeners:
+        if listener.kind != HTTP:  # never plain text where somebody expects TLS
+            raise TallygateError(f"LISTEN_FDNAMES: {listener.kind}: TLS is not supported yet")
+        await server.listen(listener.sock)
+    if start.ready_fd >= 0:
+        os.write(start.ready_fd, b"1")
+        os.close(start.ready_fd)
+
+
+async def _leave(server: HttpServer, gateway: Gateway, start: Start) -> None:
+    """Accepts no more. What waits is left to whoever has the sockets, or accepted when nobody has.
+
+    A worker whose place was taken is stopped by SIGTERM alone; before the whole gateway stops, the
+    supervisor has said so, and refuses new connections. It cannot when it was killed.
+    """
+    orphaned = start.parent and os.getppid() != start.parent
+    if orphaned:
+        gateway.leave()
+        for listener in start.listeners:
+            listener.refuse_new()
+    if gateway.leaving:
+        await asyncio.sleep(_HANDSHAKE_S)
+        end = clock.monotonic() + _QUEUE_S
+        while clock.monotonic() < end and any(there.waiting for there in start.listeners):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    server.stop_accepting()
 
 
 def _connections(snapshot: Snapshot) -> int:
@@ -119,4 +165,4 @@ def _connections(snapshot: Snapshot) -> int:
     left = soft - upstreams - _RESERVED_FILES
     if left < _FEW_FILES:
         _log.warning("few_files", connections=max(1, left), fix="raise the limit: ulimit -n")
-    return max(1, min(_BACKPRESSURE, left))
+    return max(1, min(_MAX_CONNECTIONS, left))

@@ -146,6 +146,9 @@ class GatewaySettings(Section):
     drain_ms: DurationOrZeroMs = duration(
         "10s", "drain", "How long requests in flight may take to finish at shutdown."
     )
+    drain_delay_ms: DurationOrZeroMs = duration(
+        "0s", "drain_delay", "How long it is not ready, but serves, before it stops accepting."
+    )
 
 
 class ControlSettings(Section):

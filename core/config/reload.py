@@ -36,6 +36,7 @@ RESTART_SETTINGS = (
     "gateway.admission.max_batch",
     "gateway.admission.max_in_flight",
     "gateway.drain_ms",
+    "gateway.drain_delay_ms",
     "gateway.outage.spool_dir",
     "gateway.outage.spool_max",
     "control.listen",

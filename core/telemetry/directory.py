@@ -25,6 +25,8 @@ from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
 
+from core.telemetry.fold import fold
+
 DIRECTORY_VARIABLE = "TALLYGATE_METRICS_DIR"
 
 
@@ -92,16 +94,24 @@ def resolve(configured: str | None) -> Path:
     return private
 
 
-def reap(directory: Path) -> list[str]:
-    """Removes the gauges of processes that died; their identities. Counters stay."""
+@contextlib.contextmanager
+def reaped(directory: Path) -> Iterator[list[str]]:
+    """Removes the gauges of processes that died and adds up their counts; gives their identities.
+
+    Nobody joins or is reaped before the end of the `with`, so that files can be read until then.
+    """
     dead: list[str] = []
     with _exclusive(directory):
+        living = []
         for path in directory.glob("*.alive"):
-            if not _is_locked(path):
-                mark_process_dead(path.stem, str(directory))  # type: ignore[no-untyped-call]
-                path.unlink(missing_ok=True)
-                dead.append(path.stem)
-    return dead
+            if _is_locked(path):
+                living.append(path.stem)
+                continue
+            mark_process_dead(path.stem, str(directory))  # type: ignore[no-untyped-call]
+            path.unlink(missing_ok=True)
+            dead.append(path.stem)
+        fold(directory, living)
+        yield dead
 
 
 def _remove_private(directory: Path, owner: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from core.telemetry.directory import reap
+from core.telemetry.directory import reaped
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -21,7 +21,7 @@ def render(directory: Path) -> bytes:
     Raises:
         OSError: the directory is gone or not readable.
     """
-    reap(directory)
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry, path=str(directory))  # type: ignore[no-untyped-call]
-    return generate_latest(registry)
+    with reaped(directory):
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, path=str(directory))  # type: ignore[no-untyped-call]
+        return generate_latest(registry)

@@ -107,4 +107,12 @@ class Exchange:
         return ()
 
 
+class Tunnel(asyncio.Protocol):
+    """What a connection goes on with after `take_over`."""
+
+    @abstractmethod
+    def going_away(self) -> None:
+        """The gateway stops: tell both ends in the protocol's own terms (1001), and close."""
+
+
 Handler = Callable[[Exchange], Coroutine[Any, Any, None]]

@@ -122,7 +122,8 @@ class ClientConnection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self.peer = peer[0] if isinstance(peer, tuple) else ""
         self.parser = HttpRequestParser(self)
-        self.deadline = self._server.tick + self._server.limits.head_s
+        # Load balancers open connections ahead of their use: silence is idleness, no slow head.
+        self.deadline = self._server.tick + self._server.limits.keepalive_s
         self._server.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -368,7 +369,8 @@ class ClientConnection(asyncio.Protocol):
         """The answer of the active exchange is written."""
         if self._active is not exchange or self._transport is None:
             return
-        if self._close or not exchange.body_complete or self._server.draining:
+        # While draining, an answer that began before did not say that it is the last one.
+        if self._close or not exchange.body_complete:
             self.close()
             return
         self._active = None
@@ -437,6 +439,11 @@ class ClientConnection(asyncio.Protocol):
     def task(self) -> asyncio.Task[None] | None:
         """That of the request being answered."""
         return None if self._active is None else self._active.task
+
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 once it is closed."""
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        return -1 if sock is None else int(sock.fileno())
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -536,6 +543,7 @@ class Http1Exchange(Exchange):
             head += conn.server.date
         if conn.closing or (self.body is not None and not self.body.complete):
             head += b"connection: close\r\n"
+            conn.close_after()
         elif self.says_keep_alive:
             head += b"connection: keep-alive\r\n"
         return b"%b%b\r\n" % (head, framing)

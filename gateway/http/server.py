@@ -7,15 +7,16 @@ of its own, and a request none at all.
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Final
 
 from core import clock
-from gateway.http.exchange import Exchange, Handler
+from gateway.http.exchange import Exchange, Handler, Tunnel
 from gateway.http.h1 import ClientConnection
 from gateway.http.message import Header
 
@@ -26,7 +27,9 @@ WRITE_HIGH_WATER: Final = 64 * 1024
 # While draining, how long an idle connection may still bring one more request: a client that sends
 # at the moment we close would lose it.
 _IDLE_GRACE_S: Final = 1.0
-_DRAIN_POLL_S: Final = 0.02
+_DRAIN_POLL_S: Final = 0.05
+# How long tunnels may take to end once they were told to.
+_GOODBYE_S: Final = 1.0
 
 Refuse = Callable[[int, str, str], tuple[list[Header], bytes]]
 
@@ -113,18 +116,27 @@ class HttpServer:
         """Stop accepting, answer what is under way for so long, then close everything."""
         self.stop_accepting()
         self.draining = True
-        began = clock.monotonic()
-        idle_until = began + min(_IDLE_GRACE_S, seconds / 2)
-        while self._connections or self._tunnels:
-            now = clock.monotonic()
-            if now >= began + seconds:
-                break
-            if now >= idle_until:
-                for connection in tuple(self._connections):
-                    if connection.idle:
-                        connection.close()
+        now = clock.monotonic()
+        end, grace = now + seconds, min(_IDLE_GRACE_S, seconds / 2)
+        idle_since: dict[ClientConnection, float] = {}
+        while (self._connections or self._tunnels) and now < end:
+            idle = [connection for connection in self._connections if connection.idle]
+            idle_since = {connection: idle_since.get(connection, now) for connection in idle}
+            for connection in _silent(c for c, since in idle_since.items() if since + grace <= now):
+                connection.close()
             await asyncio.sleep(_DRAIN_POLL_S)
+            now = clock.monotonic()
+        await self._end_tunnels()
         await self.close()
+
+    async def _end_tunnels(self) -> None:
+        """Each says goodbye in its own protocol, and has a moment to be heard."""
+        for tunnel in tuple(self._tunnels):
+            if isinstance(tunnel, Tunnel):
+                tunnel.going_away()
+        end = clock.monotonic() + _GOODBYE_S
+        while self._tunnels and clock.monotonic() < end:  # noqa: ASYNC110 - rare
+            await asyncio.sleep(_DRAIN_POLL_S)
 
     async def close(self) -> None:
         """Close everything at once."""
@@ -172,3 +184,14 @@ class HttpServer:
         for connection in tuple(self._connections):
             if 0 < connection.deadline <= tick:
                 connection.expire()
+
+
+def _silent(connections: Iterable[ClientConnection]) -> list[ClientConnection]:
+    """Those of which nothing waits to be read: closed now, a request would be lost."""
+    found = {connection.fileno(): connection for connection in connections}
+    poll = select.poll()
+    for fd in found:
+        if fd >= 0:
+            poll.register(fd, select.POLLIN)
+    unread = {fd for fd, _ in poll.poll(0)}
+    return [connection for fd, connection in found.items() if fd not in unread]

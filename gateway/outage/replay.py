@@ -99,11 +99,21 @@ class Replay:
         """There is something to replay."""
         self._wake.set()
 
-    async def close(self) -> None:
+    async def close(self, within_s: float = 0.0) -> None:
+        """Replays what waits, if Redis is there, for so long; the rest is for whoever is next."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
+        try:
+            async with asyncio.timeout(within_s):
+                while self._journal.pending_records and self._run() is not None:
+                    if not await self.once():
+                        break
+        except (TimeoutError, StoreUnavailableError, SpoolUnavailable):
+            pass
+        except Exception:
+            _log.exception("replay_failed")
 
     async def _loop(self) -> None:
         loop = asyncio.get_running_loop()

@@ -13,6 +13,7 @@ from tests.support import wait_until
 _CONFIG = """
 gateway:
   drain: 5s
+  client: {head_timeout: 60s}  # tests open connections before they use them, slowly when it is busy
 redis: {url: "${TALLYGATE_REDIS_URL}", timeout: %(timeout)s}
 postgres: {url: "${TALLYGATE_POSTGRES_URL}", timeout: 2s}
 secrets: {key_pepper: "${TALLYGATE_KEY_PEPPER}"}

@@ -103,7 +103,7 @@ def test_limits_change_under_load_and_a_bad_file_does_not(
             assert _limits(stack, sold.key) == {"1510"}
         finally:
             outcome = load.stop()
-    assert outcome.lost == 0
+    assert (outcome.lost, outcome.closed) == (0, 0), "connections were dropped"
     assert outcome.all_statuses() == {200}, "requests failed while the configuration changed"
     assert outcome.total > 1000
     stack.quiet()

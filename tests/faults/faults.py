@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,6 +108,14 @@ def _worker_resume(world: World, planned: Planned) -> None:
     world.resume(f"worker of gateway-{planned.pick % GATEWAYS}")
 
 
+def _roll(world: World, planned: Planned) -> str:
+    gateway = planned.pick % GATEWAYS
+    if not world.workers(gateway):
+        raise Skip(f"gateway-{gateway} does not run")
+    world.stack.gateways[gateway].signal(signal.SIGUSR2)
+    return f"gateway-{gateway}"
+
+
 def _cut(world: World, planned: Planned) -> str:
     if not world.running("postgres"):
         raise Skip("postgres does not run")
@@ -187,6 +196,7 @@ def _spool_freed(world: World, planned: Planned) -> None:
 FAULTS = {
     "worker_kill": Fault(_worker_kill, weight=4),
     "gateway_kill": _kill("gateway"),
+    "gateway_roll": Fault(_roll, weight=3),
     "reconciler_kill": _kill("reconciler", 4),
     "valkey_kill": _kill("valkey", 4),
     "postgres_kill": _kill("postgres"),

@@ -30,6 +30,7 @@ def world() -> Iterator[World]:
         (6, "flushall"),
         (7, "flushall,reconciler_kill,postgres_cut,worker_kill"),
         (8, "older_copy"),
+        (9, "gateway_roll,worker_kill,gateway_kill"),
     ],
 )
 def test_nothing_is_lost_or_counted_twice(

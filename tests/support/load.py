@@ -32,12 +32,15 @@ _DEADLINE_S = 120.0
 class Outcome:
     """`statuses` by index of the request and status; `lost` are requests that had no answer.
 
+    `closed` are connections that the other end closed, `refused` attempts to open one that failed.
     `records` (when asked for): index of the request, status (0: lost), start and end in seconds.
     `ids`: the identifier of each record, where the request has room for one (`ID`).
     """
 
     statuses: Counter[tuple[int, int]] = field(default_factory=Counter)
     lost: int = 0
+    closed: int = 0
+    refused: int = 0
     records: list[tuple[int, int, float, float]] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
 
@@ -63,8 +66,12 @@ def get(
     who: str = "",
     method: str = "GET",
     request_id: str = "",
+    close: bool = False,
 ) -> str:
-    """The bytes of one request; `who` is what the upstream counts it under."""
+    """The bytes of one request; `who` is what the upstream counts it under.
+
+    `close` makes it the last one on its connection.
+    """
     lines = [f"{method} {path} HTTP/1.1", "host: api.test"]
     if key:
         lines.append(f"authorization: Bearer {key}")
@@ -72,6 +79,8 @@ def get(
         lines.append(f"x-who: {who}")
     if request_id:
         lines.append(f"x-request-id: {request_id}")
+    if close:
+        lines.append("connection: close")
     return "\r\n".join([*lines, "", ""])
 
 
@@ -157,6 +166,8 @@ class Load:
             assert line, "a client process ended"
             answer = json.loads(line)
             merged.lost += answer["lost"]
+            merged.closed += answer["closed"]
+            merged.refused += answer["refused"]
             merged.records += [tuple(row) for row in answer["records"]]
             merged.ids += answer["ids"]
             for index, status, number in answer["statuses"]:
@@ -205,7 +216,7 @@ class _Job:
         self.numbered = any(ID.encode() in request for request in self.requests)
         self.ids: list[str] = []
         self.statuses: Counter[tuple[int, int]] = Counter()
-        self.lost = 0
+        self.lost = self.closed = self.refused = 0
         self.records: list[tuple[int, int, float, float]] = []
         self.working = 0
         self.done = asyncio.Event()
@@ -252,6 +263,7 @@ class _Job:
 
     def gone(self, client: _Client) -> None:
         """A connection was closed: another one takes its place, where that is wanted."""
+        self.closed += 1
         if self.reopen:
             asyncio.ensure_future(_replace(client.port, self))  # noqa: RUF006
         else:
@@ -265,7 +277,8 @@ class _Job:
     def answer(self, whole: bool) -> bytes:
         rows = [[index, status, n] for (index, status), n in self.statuses.items()]
         records = {"records": self.records, "ids": self.ids} if whole else _NO_RECORDS
-        return json.dumps({"lost": self.lost, "statuses": rows, **records}).encode() + b"\n"
+        counts = {"lost": self.lost, "closed": self.closed, "refused": self.refused}
+        return json.dumps({**counts, "statuses": rows, **records}).encode() + b"\n"
 
 
 class _Client(asyncio.Protocol):
@@ -326,6 +339,7 @@ async def _replace(port: int, job: _Job) -> None:
             client = await _connect(port)
             break
         except OSError:
+            job.refused += 1
             if job.left == 0:
                 job.retire()
                 return

@@ -88,6 +88,23 @@ def test_every_batch_that_was_under_way_is_taken_back(
     asyncio.run(main())
 
 
+def test_a_worker_that_ends_takes_back_what_waits(valkey: str, database: str) -> None:
+    """Without a directory for the journal nobody else could."""
+
+    async def main() -> None:
+        journal = MemoryJournal()
+        async with stack(valkey, database, PLAN, journal=journal) as s:
+            await seed(s)
+            await submit(s)
+            await lose(s, 1)
+            await wait_until_async(lambda: s.batcher.connected)
+            assert (await count(s), journal.pending_records) == (2, 1)
+            await s.replay.close(60)
+            assert (await count(s), journal.pending_records) == (1, 0)
+
+    asyncio.run(main())
+
+
 def test_a_batch_that_cannot_be_written_down_leaves_nobody_waiting(
     valkey: str, database: str
 ) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 from core import clock
 from core.db import Database, connect_pool
@@ -97,3 +99,19 @@ async def parts(
     finally:
         await store.close()
         await database.close()
+
+
+def run(
+    redis_url: str, postgres_url: str, check: Callable[[Parts], Awaitable[None]], **options: Any
+) -> None:
+    """Runs a check on an event loop of its own, with parts made by `parts`."""
+
+    async def main() -> None:
+        async with parts(redis_url, postgres_url, **options) as found:
+            await check(found)
+
+    asyncio.run(main())
+
+
+def flusher_of(p: Parts, **options: Any) -> Flusher:
+    return Flusher(p.store, p.database, p.keyspace, p.registry, **options)

@@ -92,6 +92,24 @@ def test_processes_add_up_and_a_killed_one_leaves_its_totals_only(tmp_path: Path
     fresh.communicate("", timeout=10)
 
 
+def test_many_that_died_leave_one_file_and_all_of_their_totals(tmp_path: Path) -> None:
+    alive = worker(tmp_path, 7)
+    template = {path: path.name for path in tmp_path.glob("*_gateway-*.db")}
+    for number in range(40):  # as so many workers before it would have left theirs
+        for path, name in template.items():
+            kind = name.partition("_")[0]
+            if kind != "gauge":
+                (tmp_path / f"{kind}_gateway-1-{number:08x}.db").write_bytes(path.read_bytes())
+    for _ in range(2):
+        assert value(tmp_path, REQUESTS) == 41 * 7
+        assert value(tmp_path, "tallygate_admission_seconds_count") == 41 * 14
+        assert value(tmp_path, 'tallygate_admission_seconds_bucket{le="0.0001"}') == 41 * 7
+        assert len(list(tmp_path.glob("counter_*.db"))) == 2
+        assert len(list(tmp_path.glob("histogram_*.db"))) == 2
+    alive.communicate("", timeout=10)
+    assert value(tmp_path, REQUESTS) == 41 * 7 + 1
+
+
 @pytest.fixture
 def metrics(tmp_path: Path) -> Metrics:
     return setup(tmp_path, "gateway")
