@@ -271,6 +271,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     form.add_argument("--json", action="store_true", help="print the result as JSON")
     form.add_argument("--markdown", action="store_true", help="print it for a page")
     add("--output", type=Path, default=Path(__file__).parent / "results", help="folder")
+    add("--page", type=Path, help="put the tables between the marks of this Markdown file")
     add("--chart", type=Path, help="write the chart to this file as well")
     return parser.parse_args(arguments)
 
@@ -292,10 +293,12 @@ def main() -> None:
             result["soak"] = soak.soak(stack, options.soak)
     result["targets"] = report.targets(result)
     report.write(result, options.output, options.chart)
+    if options.page:
+        report.replace(options.page, report.markdown(result))
     if options.json:
         report.print_json(result)
     elif options.markdown:
-        report.print_markdown(result)
+        print(report.markdown(result), end="")
     else:
         report.print_tables(result)
 

@@ -176,30 +176,49 @@ def print_tables(result: Result) -> None:
         _print_targets(console, result["targets"])
 
 
-def print_markdown(result: Result) -> None:
-    """The same tables, to be pasted into a page."""
+def markdown(result: Result) -> str:
+    """The same tables, for a page."""
     heading = f"{result['date'][:10]}, {result['machine']}, medians of {result['rounds']} rounds"
     titles = [title for title, _ in _COLUMNS]
-    print(f"{heading}, client {result['client']}, {result['redis']}, {result['python']}\n")
-    print(_line(["scenario", "through", *titles]))
-    print(_line(["---", "---", *["---:"] * len(titles)]))
+    lines = [f"{heading}, client {result['client']}, {result['redis']}, {result['python']}.", ""]
+    lines += _head(["scenario", "through"], titles)
     for scenario in result["scenarios"]:
         for name, found in scenario["peers"].items():
             cells = [text(found["median"]) for _, text in _COLUMNS]
-            print(_line([scenario["title"], result["peers"][name], *cells]))
+            lines.append(_line([scenario["title"], result["peers"][name], *cells]))
     if found := result.get("latency"):
         names = ("p50", "p90", "p99", "p99.9", "max")
-        print(f"\nLatency in ms at {found['rate']:,.0f} requests/s, from the intended time:\n")
-        print(_line(["through", *names]))
-        print(_line(["---", *["---:"] * len(names)]))
+        rate = f"{found['rate']:,.0f}"
+        lines += ["", f"Latency in ms at {rate} requests/s, from the intended time of each:", ""]
+        lines += _head(["through"], names)
         for peer, row in found["peers"].items():
-            print(_line([peer, *(f"{row[name]:.2f}" for name in names)]))
-    print()
-    print(_line(["target", "wanted", "measured", "met"]))
-    print(_line(["---", "---:", "---:", "---:"]))
+            lines.append(_line([peer, *(f"{row[name]:.2f}" for name in names)]))
+    lines += ["", *_head(["target"], ("wanted", "measured", "met"))]
     for row in result["targets"]:
         met = "yes" if row["met"] else "no"
-        print(_line([row["target"], row["wanted"], f"{row['measured']:.2f}", met]))
+        lines.append(_line([row["target"], row["wanted"], f"{row['measured']:.2f}", met]))
+    return "\n".join(lines) + "\n"
+
+
+def replace(page: Path, text: str) -> None:
+    """Puts the text between the page's marks.
+
+    Raises:
+        ValueError: the page has none.
+    """
+    before, start, rest = page.read_text().partition(_MARKS[0])
+    _, end, after = rest.partition(_MARKS[1])
+    if not end:
+        raise ValueError(f"{page} has no {_MARKS[0]} … {_MARKS[1]}")
+    page.write_text(f"{before}{start}\n{text}{end}{after}")
+
+
+_MARKS = "<!-- results -->", "<!-- /results -->"
+
+
+def _head(names: Sequence[str], numbers: Sequence[str]) -> list[str]:
+    rules = ["---"] * len(names) + ["---:"] * len(numbers)
+    return [_line([*names, *numbers]), _line(rules)]
 
 
 def _line(cells: Sequence[str]) -> str:

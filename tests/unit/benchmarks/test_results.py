@@ -1,6 +1,7 @@
 """What is made of measurements: targets, chart, the line of a soak, the choice of scenarios."""
 
 from argparse import Namespace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -103,3 +104,28 @@ def test_unknown_peers_are_refused(capsys: pytest.CaptureFixture[str]):
         parse(["--peers", "tallygate,apache"])
 
     assert "apache" in capsys.readouterr().err
+
+
+def test_a_page_gets_the_tables_between_its_marks(result: report.Result, tmp_path: Path):
+    result |= {"client": "wrk", "python": "CPython", "targets": report.targets(result)}
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+
+    report.replace(page, report.markdown(result))
+    report.replace(page, report.markdown(result))  # again is no different
+
+    text = page.read_text()
+    assert text.startswith("before\n<!-- results -->\n")
+    assert text.endswith("<!-- /results -->\nafter\n")
+    assert "old" not in text
+    assert text.count("| 64 conn, 1 KiB | Tallygate | 1,800 |") == 1
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text("no marks")
+
+    with pytest.raises(ValueError, match="has no"):
+        report.replace(page, "text")
+
+    assert page.read_text() == "no marks"
