@@ -29,6 +29,7 @@ from core.policy import (
     Route,
     SlidingWindow,
 )
+from core.rules import UNLIMITED, HeaderRules, RouteRules
 
 # The name of each compiled form, as the scripts and the metrics call it.
 ALGORITHMS: Mapping[type, str] = {
@@ -94,6 +95,7 @@ def compiled_json(snapshot: Snapshot) -> dict[str, Any]:
                 **dataclasses.asdict(route),
                 "methods": sorted(route.methods),
                 "charged": None if route.charged is None else sorted(route.charged),
+                "rules": _rules_json(route.rules),
             }
             for route in snapshot.routes
         ],
@@ -154,8 +156,9 @@ def _plan_table(snapshot: Snapshot) -> Table:
 def _route_table(snapshot: Snapshot) -> Table:
     table = Table("route", "match", "upstream", "cost", "charged", "in an outage", "plan")
     for route in snapshot.routes:
+        sources = {rule.meter: f" (until {rule.source} says)" for rule in route.actual}
         costs = ", ".join(
-            f"{name} {_quantity(snapshot.meters[name], units)}"
+            f"{name} {_quantity(snapshot.meters[name], units)}{sources.get(name, '')}"
             for name, units in route.costs.items()
         )
         methods = " ".join(sorted(route.methods))
@@ -163,16 +166,46 @@ def _route_table(snapshot: Snapshot) -> Table:
             route.name,
             # a path may hold what rich takes for markup
             Text(" ".join(part for part in (methods, route.host + route.path) if part)),
-            route.upstream,
+            route.upstream or f"(answers {route.rules.answer.status if route.rules.answer else 0})",
             costs or "free",
             _charge(route),
             str(route.outage),
-            route.plan if route.keyless else "(the key's)",
+            _plan_of(route),
         )
     return table
 
 
+def _plan_of(route: Route) -> str:
+    if not route.upstream:
+        return ""
+    return route.plan if route.keyless else "(the key's)"
+
+
+def _rules_json(rules: RouteRules) -> dict[str, Any]:
+    """Of header fields the names alone: a value may be the upstream's credential."""
+
+    def changed(headers: HeaderRules | None) -> dict[str, list[str]] | None:
+        if headers is None:
+            return None
+        written = [name for name, _ in headers.fields]
+        return {"written": written, "removed": sorted(headers.dropped - set(written))}
+
+    return {
+        "request_headers": changed(rules.request),
+        "response_headers": changed(rules.response),
+        "add_prefix": rules.add_prefix,
+        "rewrite": rules.rewrite and dataclasses.asdict(rules.rewrite),
+        "host": "preserve" if rules.preserve_host else rules.host,
+        "cors": rules.cors and dataclasses.asdict(rules.cors),
+        "respond": rules.answer and rules.answer.status,
+        "max_body": None if rules.max_body == UNLIMITED else rules.max_body,
+        "encoded_slash": rules.encoded_slash,
+    }
+
+
 def _charge(route: Route) -> str:
+    if not route.upstream:
+        return "never"
     if not route.reserve:
         return "on admission"
     if route.charged is None:
@@ -190,9 +223,11 @@ def _ranges(codes: list[int]) -> list[str]:
 
 
 def _print_json(value: object) -> None:
-    def plain(item: object) -> str:
+    def plain(item: object) -> object:
         if isinstance(item, Decimal):
             return str(item)
+        if isinstance(item, frozenset):
+            return sorted(item)
         raise TypeError(f"{type(item).__name__} has no JSON form")
 
     click.echo(orjson.dumps(value, default=plain, option=orjson.OPT_INDENT_2).decode())

@@ -112,7 +112,10 @@ def _try_path(snapshot: Snapshot) -> str | None:
     open_routes = [
         route.path
         for route in snapshot.routes
-        if not route.keyless and not route.host and (not route.methods or "GET" in route.methods)
+        if route.upstream
+        and not route.keyless
+        and not route.host
+        and (not route.methods or "GET" in route.methods)
     ]
     for path in open_routes:
         if path.endswith("/*"):

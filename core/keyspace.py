@@ -29,7 +29,7 @@ SLIDING = "s:"  # s:<limit>           window start, count, count of the window b
 FIRED = "t:"  # t:<limit>             period start, highest threshold fired in percent, the limit
 CLOSED_HOUR = "ch:"  # ch:<meter>:<period start>:<hour>   total, overage; until flushed
 CLOSED_PERIOD = "cp:"  # cp:<meter>:<period start>        end, total, overage; until flushed
-RESERVED = "v:"  # v:<id>   expiry, time, then each meter's name, cost, period, hour and cap
+RESERVED = "v:"  # v:<id>   expiry, time, then each meter's name, cost[/kept], period, hour, cap
 EXPIRED = "x:"  # x:<id>    what a reservation was that expired, for a settlement that comes late
 
 

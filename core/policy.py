@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
 
+from core.cost import ActualCost
+from core.rules import NO_RULES, RouteRules
+from core.upstream import Upstream as Upstream
+
 # Lua numbers are doubles: integers are exact up to here, and every product that a script forms
 # is checked against it when the config is loaded.
 MAX_EXACT = 2**53 - 1
@@ -217,18 +221,6 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Upstream:
-    """Where admitted requests go. Times in milliseconds, sizes in bytes."""
-
-    name: str
-    urls: tuple[str, ...]
-    connect_timeout_ms: int = 1_000
-    response_timeout_ms: int = 30_000
-    max_connections: int = 256
-    keepalive_ms: int = 60_000
-
-
-@dataclass(frozen=True, slots=True)
 class Route:
     """What a request matches and what then happens to it.
 
@@ -236,12 +228,13 @@ class Route:
     `host` empty means every host. `costs` maps meter name to units (scaled) charged a request.
     `plan` is set on keyless routes only (`keyless`), and names the plan of each client address.
     `reserve` makes the charge wait for its answer, and `charged` then says which statuses are paid
-    for; None means whatever the upstream answers.
+    for; None means whatever the upstream answers. Of `actual` meters the cost is an estimate, which
+    the answer corrects.
     """
 
     name: str
     path: str
-    upstream: str
+    upstream: str  # empty where `rules.answer` answers
     methods: frozenset[str] = frozenset()
     host: str = ""
     strip_prefix: str = ""
@@ -251,4 +244,6 @@ class Route:
     forward_key: bool = False
     reserve: bool = False
     charged: frozenset[int] | None = None
+    actual: tuple[ActualCost, ...] = ()
     outage: OutageMode = OutageMode.CLOSED
+    rules: RouteRules = NO_RULES

@@ -32,6 +32,7 @@ from gateway.admission.settler import Settler
 from gateway.answers import problems
 from gateway.answers.headers import SERVER
 from gateway.auth import Authenticator, KeyCache, KeyExtractor, KeyLoader
+from gateway.cost.report import CostReport
 from gateway.http.exchange import Exchange
 from gateway.http.message import Header
 from gateway.outage import entries, open_journal
@@ -142,6 +143,12 @@ class Gateway:
         def run() -> str | None:
             return self._batcher.connected_run
 
+        outage = Outage(
+            self._journal,
+            lambda: self._meters,
+            lambda mode: self.metrics.outage_admitted.labels(mode).inc(),
+            self._journalled,
+        )
         settlement = Settlement(self._store, self._seeder, self._keyspace)
         self._settler = Settler(
             settlement,
@@ -149,6 +156,7 @@ class Gateway:
             timeout_s=settings.redis.timeout_ms / 1000,
             on_settled=lambda kind, count: self.metrics.settlements.labels(kind).inc(count),
             redis_now_ms=self._batcher.redis_now_ms,
+            spill=lambda operation: outage.note(entries.settled(operation)),
         )
         self._replay = Replay(
             self._journal,
@@ -166,15 +174,13 @@ class Gateway:
             self._leases,
             self._keyspace,
             self._settler,
-            Outage(
-                self._journal,
-                lambda: self._meters,
-                lambda mode: self.metrics.outage_admitted.labels(mode).inc(),
-                self._replay.wake,
-            ),
+            outage,
             on_event=self.local.limit_events.inc,
+            costs=CostReport(self.local.costs_settled, self.local.cost_units),
         )
         self._respond = self._responder(self.runtime)
+        self._start_pools()
+        self.local.before_flush = self._sample_pools
         self.local.start(loop)
         self.metrics.config_applied(self.config.current.digest)
         self._tasks.append(asyncio.create_task(self.config.run(), name="config-watcher"))
@@ -263,6 +269,9 @@ class Gateway:
         else:
             self._replay.wake()
 
+    def _journalled(self) -> None:
+        self._replay.wake()
+
     def _spool_event(self, event: str, amount: int) -> None:
         self.metrics.spool_trouble.labels(event).inc(amount)
 
@@ -300,6 +309,7 @@ class Gateway:
         self._pin_meters()
         for pool in retired:
             pool.close()
+        self._start_pools()  # after those, whose gauges may have the same labels
         logs.configure(new.settings.log.level, new.settings.log.format, "gateway")
         # Taking a plan out is allowed, but who is still subscribed to it is refused from now on.
         log = _log.warning if removed else _log.info
@@ -309,6 +319,14 @@ class Gateway:
             restart_needed=restart_needed(old, new),
             plans_removed=removed,
         )
+
+    def _start_pools(self) -> None:
+        for pool in self.runtime.pools.values():
+            pool.start(self.metrics)
+
+    def _sample_pools(self) -> None:
+        for pool in self.runtime.pools.values():
+            pool.sample()
 
     def _refused(self, error: ConfigError) -> None:
         self.metrics.config_refused()

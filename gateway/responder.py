@@ -7,44 +7,42 @@ reaches an upstream was counted durably before.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
 from core import clock, ids
 from core.errors import StoreUnavailableError
-from core.policy import Status, Upstream
+from core.policy import Status
 from core.telemetry import logs
 from core.telemetry.local import LocalMetrics
 from gateway.admission.limiter import Decision, Limiter
 from gateway.answers import problems
 from gateway.answers.headers import SERVER
 from gateway.answers.problems import Problem
+from gateway.answers.upstream import upstream_problem
 from gateway.auth import Authenticator
 from gateway.auth import Outcome as Auth
 from gateway.auth.keycache import Subscription
+from gateway.cost.report import described
 from gateway.forwarded import client_group
-from gateway.http.errors import BadRequest, ClientDisconnected, RequestTimeout
+from gateway.http.errors import (
+    BadRequest,
+    ClientDisconnected,
+    PayloadTooLarge,
+    RequestTimeout,
+)
 from gateway.http.exchange import Exchange
-from gateway.http.message import Request
-from gateway.proxy.errors import PoolExhausted, ProxyError
+from gateway.http.message import Header, Request
+from gateway.matching import Direct, Matcher, Refusal
+from gateway.proxy.errors import ProxyError
 from gateway.proxy.relay import Outcome, RelayResult, relay
 from gateway.proxy.request import MAX_REQUEST_ID, RequestHead
+from gateway.proxy.rewrite import Facts
 from gateway.runtime import PlanOnRoute, RouteRuntime, Runtime
 
 # What a client is told when no decision can be had: short, since a restart of Redis is.
 _OUTAGE_RETRY_S = 1
-# And when its upstream has no connection free: it waited for one already.
-_BUSY_RETRY_S = 1
-
-
-class Refusal(Exception):
-    """Ends a request with a problem. `reason` is a limit's name or the problem's slug."""
-
-    def __init__(self, problem: Problem, outcome: str, reason: str, decision_id: str = "") -> None:
-        self.problem = problem
-        self.outcome = outcome
-        self.reason = reason
-        self.decision_id = decision_id
 
 
 class Responder:
@@ -58,6 +56,7 @@ class Responder:
         metrics: LocalMetrics,
     ) -> None:
         self.runtime = runtime
+        self._match = Matcher(runtime).match
         self._authenticator = authenticator
         self._limiter = limiter
         self._metrics = metrics
@@ -80,14 +79,17 @@ class Responder:
         route_name = plan_name = subject = ""
         outcome = "error"
         decision: Decision | None = None
+        matched: RouteRuntime | None = None
         metrics.in_flight += 1
         try:
-            route = self._match(request, request_id)
+            route = matched = self._match(request, request_id)
             route_name = route.route.name
             if route.anonymous is not None:
                 on_route = route.anonymous
                 plan_name = on_route.plan.name
-                head = self._head(route, None, request, request_id)
+                head = self._head(route, None, request, request_id, plan_name, "")
+                if route.pool.refusing is not None:
+                    self._ask_upstream(route, request_id)
                 client = client_group(self.runtime.trusted.client_ip(request.peer, request.headers))
                 subject = f"ip:{plan_name}:{client}"
                 started = clock.monotonic()
@@ -97,7 +99,9 @@ class Responder:
                 subject = subscription.id
                 on_route = self._plan(route, subscription, request_id)
                 plan_name = subscription.plan
-                head = self._head(route, source, request, request_id)
+                head = self._head(route, source, request, request_id, plan_name, subject)
+                if route.pool.refusing is not None:
+                    self._ask_upstream(route, request_id)
                 started = clock.monotonic()
                 decision = await self._limiter.admit(on_route.admission, subscription, own_id)
             metrics.admission.observe(clock.monotonic() - started)
@@ -108,35 +112,43 @@ class Responder:
             if not decision.admitted:
                 raise self._limited(decision, limit_headers, own_id, request_id)
             limit_headers.append((b"x-request-id", request_id.encode()))
+            charge = decision.charge
+            if route.alters_answers:
+                limit_headers += self._added(route, request, request_id, plan_name, subject)
             started = clock.monotonic()
             result = await relay(
                 exchange,
                 pool=route.pool,
                 head=head,
                 extra_response_headers=limit_headers,
-                drop_response_headers=self.runtime.drop_response_headers,
-                default_server=SERVER,
-                before_start=decision.charge.answered if decision.charge is not None else None,
+                drop_response_headers=route.drop_response_headers,
+                default_server=route.default_server,
+                before_start=charge.answered if charge is not None else None,
+                balance_key=b"" if route.balance_key is None else route.balance_key(request),
+                tap=charge.tap(request_id) if charge is not None else None,
             )
-            outcome = self._relayed(result, route, decision)
+            outcome = self._relayed(result, route, decision, request_id)
+        except Direct as direct:
+            route_name, outcome = direct.route, direct.outcome
+            self._answer(direct.answer, exchange, request_id)
         except Refusal as refusal:
             outcome = refusal.outcome
-            self._refuse(refusal, exchange, subject, route_name, plan_name, request_id, own_id)
+            self._refuse(refusal, exchange, subject, matched, plan_name, request_id, own_id)
         except StoreUnavailableError as error:
             outcome = "outage"
             problem = problems.temporary_reduced_capacity(_OUTAGE_RETRY_S, request_id=request_id)
             self._refuse(
                 Refusal(problem, outcome, str(error)),
-                exchange, subject, route_name, plan_name, request_id, own_id,
+                exchange, subject, matched, plan_name, request_id, own_id,
             )  # fmt: skip
         except ClientDisconnected:
             outcome = "client_gone"
-        except (BadRequest, RequestTimeout) as error:
+        except (BadRequest, RequestTimeout, PayloadTooLarge) as error:
             outcome = "bad_request"
-            problem = _client_error(error, request_id)
+            problem = _client_error(error, request_id, route)
             self._refuse(
                 Refusal(problem, outcome, error.code),
-                exchange, subject, route_name, plan_name, request_id, own_id,
+                exchange, subject, matched, plan_name, request_id, own_id,
             )  # fmt: skip
         except ProxyError as error:
             outcome = "upstream_error"
@@ -144,9 +156,9 @@ class Responder:
             metrics.upstream_errors.inc(upstream.name, error.code)
             self._upstream_seconds[upstream.name].observe(clock.monotonic() - started)
             self._refuse(
-                Refusal(_upstream_problem(error, upstream, request_id), outcome,
+                Refusal(upstream_problem(error, upstream, request_id=request_id), outcome,
                         f"{error.code}: {error}"),
-                exchange, subject, route_name, plan_name, request_id, own_id,
+                exchange, subject, matched, plan_name, request_id, own_id,
             )  # fmt: skip
         except asyncio.CancelledError:
             outcome = "shutdown"  # longer than the drain: the server cuts it off
@@ -154,7 +166,8 @@ class Responder:
         except Exception:
             logs.get_logger().exception("request_failed", request_id=request_id, route=route_name)
             if not exchange.started:
-                self._answer(problems.internal_error(request_id=request_id), exchange, request_id)
+                problem = problems.internal_error(request_id=request_id)
+                self._answer(problem, exchange, request_id, _cors(matched, request))
         finally:
             # First of all: a slot that stays taken would refuse others.
             if decision is not None and not decision.numbers:
@@ -173,29 +186,23 @@ class Responder:
                     subject=subject,
                     plan=plan_name,
                     outcome=outcome,
+                    **_costs(decision),
                 )
 
     # Steps
 
-    def _match(self, request: Request, request_id: str) -> RouteRuntime:
-        path = request.path
-        if "/." in path and any(part in (".", "..") for part in path.split("/")):
-            # An upstream that resolves them would serve another path than the one we matched.
-            problem = problems.bad_request(
-                "The path contains `.` or `..` segments; send the resolved path.",
-                request_id=request_id,
+    def _added(
+        self, route: RouteRuntime, request: Request, request_id: str, plan: str, subscription: str
+    ) -> list[Header]:
+        """Fields that the route adds to its upstream's answers."""
+        headers = route.cors.fields(request) if route.cors is not None else []
+        if route.response_fields is not None:
+            name = "" if route.route.keyless else subscription
+            facts = Facts(
+                request, request_id.encode(), self.runtime.trusted, route.route.name, plan, name
             )
-            raise Refusal(problem, "bad_request", "dot-segments")
-        runtime = self.runtime
-        host = _host(request) if runtime.match_host else ""
-        route = runtime.router.match(path, request.method, host)
-        if route is not None:
-            return route
-        allowed = runtime.router.allowed(path, host)
-        if allowed:
-            problem = problems.method_not_allowed(allowed, request_id=request_id)
-            raise Refusal(problem, "unrouted", "method-not-allowed")
-        raise Refusal(problems.not_found(request_id=request_id), "unrouted", "not-found")
+            headers = [*headers, *route.response_fields.of(facts)]
+        return headers
 
     async def _authenticate(self, request: Request, request_id: str) -> tuple[Subscription, Any]:
         headers, query = request.headers, request.query
@@ -243,12 +250,30 @@ class Responder:
         return on_route
 
     @staticmethod
-    def _head(route: RouteRuntime, source: Any, request: Request, request_id: str) -> RequestHead:
+    def _head(
+        route: RouteRuntime,
+        source: Any,
+        request: Request,
+        request_id: str,
+        plan: str,
+        subscription: str,
+    ) -> RequestHead:
         try:
-            return route.rules(source).head(request, request_id.encode())
-        except BadRequest as error:
-            problem = _client_error(error, request_id)
+            return route.rules(source).head(request, request_id.encode(), plan, subscription)
+        except (BadRequest, PayloadTooLarge) as error:
+            problem = _client_error(error, request_id, route)
             raise Refusal(problem, "bad_request", error.code) from None
+
+    def _ask_upstream(self, route: RouteRuntime, request_id: str) -> None:
+        """Whether its upstream takes requests now: one that would go nowhere is not counted."""
+        pool = route.pool
+        try:
+            if pool.refusing is not None:
+                pool.refusing()
+        except ProxyError as error:
+            self._metrics.upstream_errors.inc(pool.upstream.name, error.code)
+            problem = upstream_problem(error, pool.upstream, request_id=request_id)
+            raise Refusal(problem, "upstream_error", f"{error.code}: {error}") from None
 
     @staticmethod
     def _limited(
@@ -264,16 +289,27 @@ class Responder:
         names = ",".join(state.name for state in decision.states if not state.allowed)
         return Refusal(problem, "limited", names, decision_id)
 
-    def _relayed(self, result: RelayResult, route: RouteRuntime, decision: Decision) -> str:
+    def _relayed(
+        self, result: RelayResult, route: RouteRuntime, decision: Decision, request_id: str
+    ) -> str:
         upstream = route.route.upstream
         self._upstream_seconds[upstream].observe(result.head_ms / 1000)
         if result.outcome is Outcome.COMPLETE:
             return "overage" if decision.overage else "admitted"
         if result.outcome is Outcome.CLIENT_GONE:
             return "client_gone"
-        if isinstance(result.error, BadRequest | RequestTimeout):
+        if isinstance(result.error, BadRequest | RequestTimeout | PayloadTooLarge):
             return "bad_request"  # its body went wrong after the answer had begun
-        self._metrics.upstream_errors.inc(upstream, result.error.code if result.error else "broken")
+        code = result.error.code if result.error else "broken"
+        self._metrics.upstream_errors.inc(upstream, code)
+        logs.get_logger().warning(
+            "upstream_answer_broken",
+            request_id=request_id,
+            route=route.route.name,
+            upstream=upstream,
+            code=code,
+            reason=str(result.error),
+        )
         return "upstream_error"
 
     def _refuse(
@@ -281,7 +317,7 @@ class Responder:
         refusal: Refusal,
         exchange: Exchange,
         subject: str,
-        route: str,
+        matched: RouteRuntime | None,
         plan: str,
         request_id: str,
         own_id: str,
@@ -291,27 +327,42 @@ class Responder:
             decision_id = _decision_id(own_id)
             problem = problems.with_decision(problem, decision_id)
         status, reason = problem.status, refusal.reason
+        route = matched.route.name if matched is not None else ""
         logs.rejection(status, reason, subject, route, plan, request_id, decision_id)
-        self._answer(problem, exchange, request_id)
+        self._answer(problem, exchange, request_id, _cors(matched, exchange.request))
 
     @staticmethod
-    def _answer(problem: Problem, exchange: Exchange, request_id: str) -> None:
-        headers = [*problem.headers, (b"x-request-id", request_id.encode()), SERVER]
+    def _answer(
+        problem: Problem, exchange: Exchange, request_id: str, more: Sequence[Header] = ()
+    ) -> None:
+        headers = [*problem.headers, *more, (b"x-request-id", request_id.encode())]
+        if not any(name == b"server" for name, _ in problem.headers):
+            headers.append(SERVER)
         exchange.respond(problem.status, headers, problem.body)
 
 
-def _upstream_problem(error: ProxyError, upstream: Upstream, request_id: str) -> Problem:
-    if error.status == 504:
-        return problems.gateway_timeout(upstream.response_timeout_ms, request_id=request_id)
-    if isinstance(error, PoolExhausted):
-        return problems.upstream_busy(_BUSY_RETRY_S, request_id=request_id)
-    return problems.bad_gateway(request_id=request_id)
+def _cors(matched: RouteRuntime | None, request: Request) -> Sequence[Header]:
+    """What lets a page read why it was refused."""
+    if matched is None or matched.cors is None:
+        return ()
+    return matched.cors.fields(request)
 
 
-def _client_error(error: BadRequest | RequestTimeout, request_id: str) -> Problem:
+def _client_error(
+    error: BadRequest | RequestTimeout | PayloadTooLarge, request_id: str, route: RouteRuntime
+) -> Problem:
+    if isinstance(error, PayloadTooLarge):
+        return problems.content_too_large(route.route.rules.max_body, request_id=request_id)
     if isinstance(error, RequestTimeout):
         return problems.request_timeout(request_id=request_id)
     return problems.bad_request(str(error), request_id=request_id)
+
+
+def _costs(decision: Decision | None) -> dict[str, list[dict[str, str]]]:
+    """What the answer decided of the cost, for the access log."""
+    if decision is None or decision.charge is None or not decision.charge.costs:
+        return {}
+    return {"costs": [described(cost) for cost in decision.charge.costs]}
 
 
 def _decision_id(own_id: str) -> str:
@@ -325,14 +376,4 @@ def _sent_id(request: Request) -> str:
             text: str = value.decode("latin-1")
             if len(text) <= MAX_REQUEST_ID and text.isascii() and text.isprintable():
                 return text
-    return ""
-
-
-def _host(request: Request) -> str:
-    for name, value in request.headers:
-        if name == b"host":
-            host: str = value.decode("latin-1").lower()
-            if host.startswith("["):
-                return host.partition("]")[0] + "]"
-            return host.partition(":")[0].removesuffix(".")
     return ""

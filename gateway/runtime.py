@@ -15,15 +15,23 @@ from core.admission.settlement import cap_of
 from core.config import Snapshot
 from core.config.models import KeySettings
 from core.policy import OutageMode, Plan, Route, Upstream
+from core.rules import StaticAnswer
 from gateway.admission.limiter import Admission
-from gateway.answers.headers import Headers, PlanHeaders
+from gateway.answers import cors
+from gateway.answers.cors import CorsRules
+from gateway.answers.headers import SERVER, Headers, PlanHeaders
 from gateway.answers.verdict import policy_of
 from gateway.auth.extract import Source
+from gateway.cost.charge import CostOnRoute, kept_at_head
 from gateway.forwarded import TrustedProxies
+from gateway.http.message import Header
 from gateway.outage.decide import OutageRules
 from gateway.outage.local import compile_local
+from gateway.paths import Lookalikes
+from gateway.proxy.balance import request_key
 from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.request import RequestRules
+from gateway.proxy.rewrite import Fields, HeaderEdits, path_edit
 from gateway.router import Router
 
 
@@ -40,7 +48,24 @@ class PlanOnRoute:
 class RouteRuntime:
     """A route with everything a request on it needs."""
 
-    __slots__ = ("_key", "_rules", "_trusted", "anonymous", "plans", "pool", "route")
+    __slots__ = (
+        "_edits",
+        "_key",
+        "_path",
+        "_rules",
+        "_trusted",
+        "alters_answers",
+        "anonymous",
+        "balance_key",
+        "cors",
+        "default_server",
+        "drop_response_headers",
+        "lookalikes",
+        "plans",
+        "pool",
+        "response_fields",
+        "route",
+    )
 
     def __init__(
         self,
@@ -49,11 +74,32 @@ class RouteRuntime:
         plans: Mapping[str, PlanOnRoute],
         trusted: TrustedProxies,
         key: KeySettings,
+        drop_response_headers: frozenset[bytes] = frozenset(),
+        lookalikes: Lookalikes | None = None,
     ) -> None:
+        rules = route.rules
+        self.lookalikes = lookalikes
+        self.cors = CorsRules(rules.cors, key.headers) if rules.cors is not None else None
+        self.response_fields: Fields | None = None
+        self.default_server: Header | None = SERVER
+        self.drop_response_headers = drop_response_headers
+        if self.cors is not None:
+            self.drop_response_headers |= cors.REPLACED
+        if rules.response is not None:
+            changes = HeaderEdits(rules.response)
+            self.drop_response_headers |= changes.dropped
+            self.response_fields = changes.fields
+            if b"server" in changes.dropped:
+                self.default_server = None
+        self.alters_answers = self.cors is not None or self.response_fields is not None
+        self._edits = HeaderEdits(rules.request) if rules.request is not None else None
+        self._path = path_edit(route.strip_prefix, rules.add_prefix, rules.rewrite)
         self.route = route
         self.pool = pool
         self.plans = plans
         self.anonymous = plans[route.plan] if route.keyless else None
+        # What its upstream hashes of a request; None where it does not.
+        self.balance_key = request_key(pool.upstream.hash_by, trusted)
         self._trusted = trusted
         self._key = key
         self._rules: dict[bytes | None, RequestRules] = {}
@@ -72,17 +118,36 @@ class RouteRuntime:
 
     def _compile(self, header: bytes | None) -> RequestRules:
         route = self.route
-        if route.forward_key:
-            return RequestRules(strip_prefix=route.strip_prefix, trusted=self._trusted)
-        query = (self._key.query,) if self._key.query else ()
+        query = (self._key.query,) if self._key.query and not route.forward_key else ()
+        drops = header is not None and not route.forward_key
         return RequestRules(
-            strip_prefix=route.strip_prefix,
-            drop_headers=() if header is None else (header,),
-            key_headers=[name.encode() for name in self._key.headers],
+            path=self._path,
+            drop_headers=(header,) if drops and header is not None else (),
+            key_headers=() if route.forward_key else [name.encode() for name in self._key.headers],
             drop_query=() if route.keyless else query,
             key_query=query if route.keyless else (),
             trusted=self._trusted,
+            identity=any(rule.json or rule.sse for rule in route.actual),
+            edits=self._edits,
+            route=route.name,
+            host=route.rules.host,
+            preserve_host=route.rules.preserve_host,
+            max_body=route.rules.max_body,
         )
+
+
+class StaticRoute:
+    """A route that answers by itself. `fields` are those of the answer."""
+
+    __slots__ = ("answer", "cors", "fields", "lookalikes", "route")
+
+    def __init__(self, route: Route, answer: StaticAnswer, key: KeySettings) -> None:
+        self.route = route
+        self.answer = answer
+        self.fields = Fields(answer.fields)
+        self.lookalikes: Lookalikes | None = None  # it is served here, and read in one way
+        rules = route.rules
+        self.cors = CorsRules(rules.cors, key.headers) if rules.cors is not None else None
 
 
 class Runtime:
@@ -122,9 +187,10 @@ class Runtime:
             name: PlanHeaders(plan, snapshot.meters, ratelimit=flags.ratelimit, legacy=flags.legacy)
             for name, plan in snapshot.plans.items()
         }
-        self.router: Router[RouteRuntime] = Router(
+        self.router: Router[RouteRuntime | StaticRoute] = Router(
             (route, self._route(route, calendars, headers)) for route in snapshot.routes
         )
+        self.has_cors = any(route.rules.cors is not None for route in snapshot.routes)
         self.match_host = self.router.by_host
 
     def _outage(self, route: Route, plan: Plan, program: Program) -> OutageRules:
@@ -135,12 +201,18 @@ class Runtime:
                 program.limits, program.costs, self.snapshot.meters, self._processes
             )
         caps = {name: cap for name in program.costs if (cap := cap_of(plan, name)) is not None}
-        return OutageRules(route.outage, local, caps)
+        return OutageRules(route.outage, local, caps, route.reserve)
 
     def _route(
         self, route: Route, calendars: CalendarUse, headers: Mapping[str, PlanHeaders]
-    ) -> RouteRuntime:
+    ) -> RouteRuntime | StaticRoute:
         snapshot = self.snapshot
+        key = snapshot.settings.gateway.key
+        if route.rules.answer is not None:
+            return StaticRoute(route, route.rules.answer, key)
+        waits = route.reserve or bool(route.actual)
+        reserve_ms = snapshot.settings.gateway.reservation_ms if waits else 0
+        keep = None if route.reserve or not route.actual else kept_at_head(route)
         plans = {}
         for name, plan in snapshot.plans.items():
             if route.keyless and name != route.plan:
@@ -151,7 +223,9 @@ class Runtime:
                 snapshot.meters,
                 calendars,
                 durable=not route.keyless,
-                reserve_ms=snapshot.settings.gateway.reservation_ms if route.reserve else 0,
+                reserve_ms=reserve_ms,
+                keep=keep,
+                corrected=[rule.meter for rule in route.actual],
             )
             policies = tuple(policy_of(limit, snapshot.meters) for limit in program.limits)
             admission = Admission(
@@ -160,7 +234,17 @@ class Runtime:
                 plan.interval_months,
                 self._outage(route, plan, program),
                 route.charged,
+                CostOnRoute(route, program.watch, program.watch_calendar) if route.actual else None,
             )
             plans[name] = PlanOnRoute(plan, admission, headers[name], headers[name].plain(policies))
         pool = self.pools[snapshot.upstreams[route.upstream]]
-        return RouteRuntime(route, pool, plans, self.trusted, snapshot.settings.gateway.key)
+        earlier = snapshot.routes[: snapshot.routes.index(route)]
+        return RouteRuntime(
+            route,
+            pool,
+            plans,
+            self.trusted,
+            key,
+            self.drop_response_headers,
+            Lookalikes.of(route, earlier),
+        )

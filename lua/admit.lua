@@ -36,6 +36,7 @@
 -- @include includes/status.lua
 -- @include includes/rate.lua
 -- @include includes/usage.lua
+-- @include includes/thresholds.lua
 -- @include includes/admitted.lua
 
 local GCRA, FIXED, SLIDING, QUOTA, CONCURRENCY = 1, 2, 3, 4, 5
@@ -171,45 +172,6 @@ local function close(s)
     call('HSET', s.key, unpack(set, 1, n))
     if not s.durable then call('PEXPIRE', s.key, program.ttl) end
   end
-end
-
--- Appends one event. `used` is in smallest units of the meter, as is the limit.
-local function emit(key, row, kind, threshold, used, from, to)
-  call('XADD', events_key, '*', 'key', key, 'limit', row[8], 'meter', row[9], 'kind', kind,
-    'threshold', threshold, 'used', used, 'max', row[4], 'start', from, 'end', to, 'at', now)
-end
-
--- Fires what `used` has reached in this period and was not fired yet: once a period each.
--- row[10]: {percent, units from which it fires, kind}, ascending; 101 stands for "above the limit".
--- Under another limit than the one it fired for, what had been used `before` counts as fired.
-local function cross(s, i, row, before, used, from, to)
-  local fired = s.fired and s.fired[i]
-  if not fired then
-    fired = 0
-    local start, percent, limit =
-      string.match(call('HGET', s.key, row[2]) or '', '^(%d+) (%d+) (%d+)$')
-    if tonumber(start) == from then
-      if tonumber(limit) == row[4] then
-        fired = tonumber(percent)
-      else
-        for _, threshold in ipairs(row[10]) do
-          if before >= threshold[2] then fired = threshold[1] end
-        end
-      end
-    end
-  end
-  local highest = fired
-  for _, threshold in ipairs(row[10]) do
-    if threshold[1] > fired and used >= threshold[2] then
-      highest = threshold[1]
-      emit(s.key, row, threshold[3], highest, used, from, to)
-    end
-  end
-  if highest > fired then
-    call('HSET', s.key, row[2], format('%d %d %d', from, highest, row[4]))
-  end
-  s.fired = s.fired or {}
-  s.fired[i] = highest
 end
 
 local due = {} -- expiry, member pairs of one ZADD
@@ -352,11 +314,13 @@ while arg_at <= last_arg do
               if source.previous and source.previous > 0 and not (s.reset and s.reset[i]) then
                 s.reset = s.reset or {}
                 s.reset[i] = true
-                emit(key, row, 'reset', 0, source.previous, source.from, source.to)
+                emit(events_key, key, row, 'reset', 0, source.previous, source.from, source.to, now)
               end
               local first = row[10][1]
               if first and source.total >= first[2] then
-                cross(s, i, row, used[i], source.total, source.from, source.to)
+                s.fired = s.fired or {}
+                s.fired[i] = cross(events_key, s.key, row, s.fired[i], used[i], source.total,
+                  source.from, source.to, now)
               end
             end
           elseif flag == REFUSED then

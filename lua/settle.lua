@@ -2,22 +2,28 @@
 --
 -- A reservation was counted when it was made. Confirming it only forgets it; refunding, expiring or
 -- correcting it changes the totals of the period and hour it was counted in, however long ago that
--- was. What an expired one was is remembered for a while, so that a settlement which comes late
--- after all is counted again. An adjustment is not bound to a reservation: it must come in a batch
--- with a number, and is applied once however often the batch is sent.
+-- was. One that expires is taken back, but for what it says is kept (lua/includes/admitted.lua);
+-- progress raises that, and with it the totals once they hold less. What an expired one was is remembered
+-- for a while, so that a settlement which comes late after all is counted again. An adjustment is not
+-- bound to a reservation: it must come in a batch with a number, and is applied once however often the
+-- batch is sent.
 --
 -- KEYS  1        sorted set of changed subjects of the shard
 --       2        sorted set of reservations of the shard, by expiry
 --       3        record of the numbered batches of this sender
---       4 ...    state hash of each operation
+--       4        event stream of the shard
+--       5 ...    state hash of each operation
 -- ARGV  1        run in which states must have been verified, '' to take any
 --       2        number of this batch, growing from one batch of the sender to the next; '' for none
 --       then for each operation: kind, id, and count of numbers that follow; kinds are
 --         1 confirm: maybe the time in ms after which nobody waits for it; 2 refund, 3 expire, 5 cost,
---         each of the reservation `id`; 4 renew: ms;
---         6 adjust: no id. After 5 and 6 follow, a meter: name, aggregation (1 sum, 2 max, 3 last),
---         units, period start, period end, time it was counted, and limit above which it is overage or
---         ''. Of these, a cost only reads name and units.
+--         each of the reservation `id`; 4 renew: ms; 6 adjust: no id; 7 progress: ms as renewed, and the
+--         time after which nobody waits or 0. Of a cost and of progress follow: quotas to watch, JSON
+--         rows of a program with 0 or the place of its calendar for a counter, or ''; start and end of
+--         the current day, week, month, year in one text, or ''; and, a meter, its name and units: what
+--         it cost, or what is kept of it. Of an adjustment follow, a meter: name, aggregation (1 sum,
+--         2 max, 3 last), units, period start, period end, time it was counted, and limit above which it
+--         is overage or ''.
 -- Returns -1 when the numbered batch was applied before; else for each operation 1 done, 0 there is
 --         no such reservation (any more), 2 COLD (state or closed hour or period is missing: restore it
 --         from the ledger and send again), 4 LATE, 5 BROKEN (a field cannot be read), 6 UNVERIFIED. A
@@ -28,8 +34,9 @@
 -- @include includes/clock.lua
 -- @include includes/status.lua
 -- @include includes/usage.lua
+-- @include includes/thresholds.lua
 
-local CONFIRM, REFUND, EXPIRE, RENEW, COST, ADJUST = 1, 2, 3, 4, 5, 6
+local CONFIRM, REFUND, EXPIRE, RENEW, COST, ADJUST, PROGRESS = 1, 2, 3, 4, 5, 6, 7
 local DONE, GONE, FAILED = 1, 0, 8
 -- A month: a spool may wait that long on the disk of a dead host, also with the confirmation of a
 -- reservation that expired meanwhile.
@@ -48,7 +55,7 @@ end
 
 -- Operations, read into tables before anything is changed.
 local operations, at = {}, 3
-for i = 4, #KEYS do
+for i = 5, #KEYS do
   local o = { key = KEYS[i], kind = tonumber(ARGV[at]), id = ARGV[at + 1], numbers = {} }
   local count = tonumber(ARGV[at + 2])
   for n = 1, count do o.numbers[n] = ARGV[at + 2 + n] end
@@ -56,19 +63,39 @@ for i = 4, #KEYS do
   operations[#operations + 1] = o
 end
 
--- What a reservation's text says: expiry, time it was made, and for each meter its name, the cost, the
--- period and hour it was counted in, and where overage begins.
+-- What a reservation's text says: expiry, time it was made, and for each meter its name, the cost and what
+-- is kept of it, the period and hour it was counted in, and where overage begins.
 local function parse(text)
   local items = {}
   for word in string.gmatch(text, '%S+') do items[#items + 1] = word end
   local meters = {}
   for n = 3, #items, 5 do
+    local cost, keep = string.match(items[n + 1], '^(%d+)/?(%d*)$')
     local cap = tonumber(items[n + 4])
-    meters[#meters + 1] = { name = items[n], cost = tonumber(items[n + 1]),
+    meters[#meters + 1] = { name = items[n], cost = tonumber(cost), keep = tonumber(keep) or 0,
                             period = tonumber(items[n + 2]), hour = tonumber(items[n + 3]),
                             cap = cap >= 0 and cap or nil }
+    assert(cost, 'unreadable reservation')
   end
   return tonumber(items[1]), tonumber(items[2]), meters
+end
+
+local function unparse(expiry, made, meters)
+  local text = format('%d %d', expiry, made)
+  for _, m in ipairs(meters) do
+    local cost = m.keep > 0 and format('%d/%d', m.cost, m.keep) or format('%d', m.cost)
+    text = text .. format(' %s %s %d %d %d', m.name, cost, m.period, m.hour, m.cap or -1)
+  end
+  return text
+end
+
+-- The units that a cost or progress names, by meter.
+local function named(o)
+  local units = {}
+  for n = o.kind == COST and 3 or 5, #o.numbers, 2 do
+    units[o.numbers[n]] = tonumber(o.numbers[n + 1])
+  end
+  return units
 end
 
 -- The changes an operation makes: {name, aggregation, units, period start, end, time, cap}.
@@ -82,21 +109,32 @@ local function changes(o)
     end
     return list
   end
-  local _, made, meters = parse(o.text)
-  local actual = {}
-  if o.kind == COST then
-    for n = 1, #o.numbers, 7 do actual[o.numbers[n]] = tonumber(o.numbers[n + 2]) end
-  end
+  local expiry, made, meters = parse(o.text)
+  local units = (o.kind == COST or o.kind == PROGRESS) and named(o) or {}
   for _, m in ipairs(meters) do
-    local before = o.expired and 0 or m.cost -- what the totals hold of it
+    local before = o.expired and m.keep or m.cost -- what the totals hold of it
     local after = m.cost
-    if o.kind == REFUND or o.kind == EXPIRE then after = 0 end
-    if o.kind == COST and actual[m.name] then after = actual[m.name] end
+    if o.kind == REFUND then
+      after = 0
+    elseif o.kind == EXPIRE then
+      after = m.keep
+    elseif o.kind == COST then
+      after = units[m.name] or m.cost
+    elseif o.kind == PROGRESS then
+      -- never less: a report that was held up must not take back what a later one said
+      m.keep = math.max(m.keep, units[m.name] or 0)
+      m.cost = math.max(m.cost, m.keep)
+      after = o.expired and m.keep or m.cost
+    end
     if after ~= before then
       list[#list + 1] = { name = m.name, kind = 1, units = after - before, from = m.period,
                           to = m.period + 1, at = math.max(made, m.hour), settles = true,
                           cap = m.cap }
     end
+  end
+  if o.kind == PROGRESS then
+    if not o.expired then expiry = now + tonumber(o.numbers[1]) end
+    o.expiry, o.text = expiry, unparse(expiry, made, meters)
   end
   return list
 end
@@ -197,6 +235,47 @@ local function apply(key, change)
   call('HSET', key, m, format('%d %d %d %d %d', total, over, hour_total, hour_over, count + 1))
 end
 
+local watched = {} -- decoded rows by text
+
+-- What `change` has made of the counter of a quota: its total, start and end; or nil when it was another
+-- period's, of which nobody is warned any more.
+local function counter(o, row, change, calendar)
+  local name, kind = change.name, row[5]
+  if kind == 0 then
+    local from, to = string.match(call('HGET', o.key, 'p:' .. name), '^(%d+) (%d+) %d+$')
+    local total = string.match(call('HGET', o.key, 'm:' .. name), '^(-?%d+) ')
+    from = tonumber(from)
+    if change.from == from then return tonumber(total), from, tonumber(to) end
+    return nil
+  end
+  local from, total =
+    string.match(call('HGET', o.key, 'q:' .. name .. ':' .. KINDS[kind]) or '', '^(%d+) (-?%d+) %d+$')
+  from = tonumber(from)
+  if from and from == calendar[kind * 2 - 1] and change.at >= from then
+    return tonumber(total), from, calendar[kind * 2]
+  end
+  return nil
+end
+
+-- Fires the thresholds that a correction has passed: perhaps no request is admitted any more to do it.
+local function watch(o, first)
+  local text = o.numbers[first]
+  if text == '' then return end
+  watched[text] = watched[text] or cjson.decode(text)
+  local calendar = {}
+  for word in string.gmatch(o.numbers[first + 1], '%d+') do calendar[#calendar + 1] = tonumber(word) end
+  for _, change in ipairs(o.list) do
+    for _, row in ipairs(watched[text]) do
+      if change.units > 0 and row[9] == change.name then
+        local total, from, to = counter(o, row, change, calendar)
+        if total and row[10][1] and total >= row[10][1][2] then
+          cross(KEYS[4], o.key, row, nil, total - change.units, total, from, to, now)
+        end
+      end
+    end
+  end
+end
+
 -- Looks an operation up: the answer if there is nothing to change, or nil.
 local function look_up(o)
   local known = call('HGET', o.key, 'run')
@@ -208,7 +287,9 @@ local function look_up(o)
     end
     if not o.text then return GONE end
     -- a call that waited in a stalled server must not charge for an answer that was not served
-    if o.kind == CONFIRM and o.numbers[1] and now > tonumber(o.numbers[1]) then return LATE end
+    local deadline = o.kind == CONFIRM and o.numbers[1] or o.kind == PROGRESS and o.numbers[2]
+    deadline = tonumber(deadline or '0')
+    if deadline > 0 and now > deadline then return LATE end
   elseif redis.call('HEXISTS', o.key, 'ver') == 0 then
     return COLD
   end
@@ -250,7 +331,10 @@ local function settle(o)
     return
   end
   for _, change in ipairs(o.list) do apply(o.key, change) end
-  if o.kind ~= ADJUST then
+  if o.kind == PROGRESS then
+    call('HSET', o.key, (o.expired and 'x:' or 'v:') .. o.id, o.text)
+    if not o.expired then call('ZADD', KEYS[2], o.expiry, member) end
+  elseif o.kind ~= ADJUST then
     call('HDEL', o.key, (o.expired and 'x:' or 'v:') .. o.id)
     if o.kind == EXPIRE then
       call('HSET', o.key, 'x:' .. o.id, o.text)
@@ -262,6 +346,7 @@ local function settle(o)
   if #o.list > 0 then
     call('HINCRBY', o.key, 'ver', 1)
     call('ZADD', KEYS[1], 'NX', now, o.key)
+    if o.kind == COST then watch(o, 1) elseif o.kind == PROGRESS then watch(o, 3) end
   end
 end
 

@@ -350,20 +350,33 @@ class Flusher:
         return clean
 
     async def _pass_epochs_on(self, snapshots: list[StateSnapshot], result: FlushResult) -> None:
-        """Tells overtaken states their epoch, unless the ledger has counts that they lack."""
+        """Tells overtaken subjects their epoch, unless the ledger has counts that they lack.
+
+        That is asked of the states as they are now: a snapshot that waited while another flush
+        stored a later one is older than the ledger, and says nothing about its subject.
+        """
         if not snapshots:
             return
         rows = await self._database.fetch("read_epochs", [s.subject for s in snapshots])
         ledger = {row["subject"]: row for row in rows}
-        for snapshot in snapshots:
-            row = ledger[snapshot.subject]
-            if row["stored"] > snapshot.epoch or row["version"] > snapshot.version:
-                self._is_behind(snapshot, row["version"], result)
+        states = await self._store.hgetall_many([snapshot.key for snapshot in snapshots])
+        for snapshot, state in zip(snapshots, states, strict=True):
+            if not state:
+                continue  # gone since; whoever rebuilds it claims an epoch
+            try:
+                now = read_state(snapshot.key, state)
+            except (ValueError, KeyError):
+                continue  # the next run reads it first, and says so
+            row = ledger[now.subject]
+            if row["stored"] > now.epoch or row["version"] > now.version:
+                self._is_behind(now, row["version"], result)
                 continue
-            keys = [snapshot.key, self._keyspace.claim(snapshot.subject), self._idle_key]
-            arguments = [snapshot.version, row["epoch"], 0, "", "", ""]
+            if now.epoch >= row["epoch"]:
+                continue  # told, or rebuilt, meanwhile
+            keys = [now.key, self._keyspace.claim(now.subject), self._idle_key]
+            arguments = [now.version, row["epoch"], 0, "", "", ""]
             await self._store.run(self._seed, keys, arguments)
-            _log.warning("epoch_passed_on", subject=snapshot.subject)
+            _log.warning("epoch_passed_on", subject=now.subject)
 
 
 def _entries(snapshot: StateSnapshot) -> Iterator[tuple[str, tuple[str | int, ...]]]:

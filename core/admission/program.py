@@ -13,6 +13,7 @@ A program is JSON, decoded once per batch however many checks use it:
                concurrency  [5, name, enforce, limit, lease ms]
     leases     number of concurrency limits
     reserve    0, or ms after which an admitted check that was not settled is taken back
+    keep       there only with units: what stays charged of each meter's cost then, in their order
     event      there, and true, in the program of one usage event
     ttl        0 for a subject in the ledger; else ms after which an idle subject is forgotten
 
@@ -22,7 +23,7 @@ Positions and indexes count from 1, as Lua does. A quota's counter is a meter in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from types import MappingProxyType
@@ -84,7 +85,9 @@ class Program:
     """What a batch needs of a (plan, costs) pair. `limits` are those the costs touch, in order;
     `lease_limits` names the concurrency limits among them and `lease_ms` says how long their leases
     last; `plan_limits` are all of the plan's, with which a cold subject is rebuilt. `costs`
-    are in smallest units; `single` is whether each check is one of its own, not grouped."""
+    are in smallest units; `single` is whether each check is one of its own, not grouped. `watch`
+    are rows of the quotas that a corrected cost may pass, as lua/settle.lua reads them, and
+    `watch_calendar` is whether one of them follows the calendar."""
 
     text: bytes
     limits: tuple[Limit, ...]
@@ -96,6 +99,8 @@ class Program:
     costs: Mapping[str, int]
     reserve_ms: int = 0
     single: bool = False
+    watch: str = ""
+    watch_calendar: bool = False
 
 
 CalendarUse = Mapping[str, tuple[PeriodKind, ...]]
@@ -245,13 +250,17 @@ def compile_program(
     durable: bool = True,
     reserve_ms: int = 0,
     event: bool = False,
+    keep: Mapping[str, int] | None = None,
+    corrected: Collection[str] = (),
 ) -> Program:
     """The program of a plan for one set of costs (meter name to units; 0 leaves a meter out).
 
     `calendars` comes from `calendar_use` over all plans in force. `durable=False` is for keyless
     subjects: no ledger, no meters, forgotten when idle; their billing quotas follow the calendar
     month or year. With `reserve_ms` an admitted check is a reservation, to be settled within that
-    time. `event` is for usage that is reported, not proxied: quotas alone apply to it.
+    time; of one that is not, the units in `keep` stay charged. The cost of the `corrected` meters
+    is an estimate, settled by what it really was. `event` is for usage that is reported, not
+    proxied: quotas alone apply to it.
 
     Raises:
         KeyError: a cost names a meter that is not in `meters`.
@@ -286,11 +295,13 @@ def compile_program(
             "leases": len(leases),
             "reserve": reserve_ms,
             **({"event": True} if event else {}),
+            **({"keep": [keep.get(name, 0) for name in builder.costs]} if keep else {}),
             # of the whole plan: a route that costs one meter must not forget the others' counts
             "ttl": 0 if durable else _ttl_ms(plan_limits),
         }
     )
     lease_ms = tuple(limit.lease_ms for limit in limits if isinstance(limit, Concurrency))
+    watch, watch_calendar = _watched(limits, rows, corrected)
     return Program(
         text,
         limits,
@@ -302,4 +313,21 @@ def compile_program(
         MappingProxyType(builder.costs),
         reserve_ms,
         bool(leases or reserve_ms or event),
+        watch,
+        watch_calendar,
     )
+
+
+def _watched(
+    limits: Sequence[Limit], rows: Sequence[list[object]], corrected: Collection[str]
+) -> tuple[str, bool]:
+    """`watch` and `watch_calendar` of a program; a shadow quota tells nobody."""
+    watched: list[list[object]] = []
+    calendar = False
+    for limit, row in zip(limits, rows, strict=True):
+        if isinstance(limit, Quota) and limit.enforce and limit.meter in corrected:
+            billing = limit.period is PeriodKind.BILLING
+            kind = 0 if billing else CALENDAR_KINDS.index(limit.period) + 1
+            watched.append([*row[:4], kind, *row[5:]])
+            calendar = calendar or not billing
+    return (orjson.dumps(watched).decode() if watched else ""), calendar

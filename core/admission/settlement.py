@@ -38,6 +38,7 @@ class Kind(IntEnum):
     RENEW = 4
     COST = 5
     ADJUST = 6
+    PROGRESS = 7
 
 
 class Settled(IntEnum):
@@ -69,9 +70,11 @@ class Change:
 class Operation:
     """One settlement of a subject.
 
-    `id` names the reservation; `changes` are an adjustment's, or the actual cost's, of which only
-    meter and units count; `ms` is a renewal's; after `deadline_ms`, unless 0, a confirmation is
-    LATE.
+    `id` names the reservation; `changes` are an adjustment's, or the actual cost's or a progress',
+    of which only meter and units count; `ms` is a renewal's or a progress'; after `deadline_ms`,
+    unless 0, a confirmation or a progress is LATE. `watch` are quotas whose thresholds a cost or
+    a progress may pass (`Program.watch`), and `calendar` the bounds of the days, weeks, months and
+    years that are theirs.
     """
 
     kind: Kind
@@ -80,9 +83,19 @@ class Operation:
     changes: tuple[Change, ...] = ()
     ms: int = 0
     deadline_ms: int = 0
+    watch: str = ""
+    calendar: str = ""
 
     def arguments(self) -> list[str | int]:
         """What the script is told of it."""
+        if self.kind in (Kind.COST, Kind.PROGRESS):
+            told: list[str | int] = []
+            if self.kind is Kind.PROGRESS:
+                told += (self.ms, self.deadline_ms)
+            told += (self.watch, self.calendar)
+            for change in self.changes:
+                told += (change.meter, change.units)
+            return [int(self.kind), self.id, len(told), *told]
         numbers: list[str | int] = [self.ms] if self.kind is Kind.RENEW else []
         if self.deadline_ms:
             numbers.append(self.deadline_ms)
@@ -184,7 +197,7 @@ class Settlement:
     ) -> list[int]:
         keyspace = self._keyspace
         keys = [keyspace.dirty(self._shard), keyspace.due(self._shard)]
-        keys.append(keyspace.sender(self._shard, sender))
+        keys += (keyspace.sender(self._shard, sender), keyspace.events(self._shard))
         arguments: list[str | int] = [run, "" if number is None else number]
         for operation in operations:
             keys.append(keyspace.state(operation.subject))

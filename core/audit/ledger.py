@@ -46,7 +46,7 @@ class MeterUse:
         for route in snapshot.routes:
             names = {name for name, cost in route.costs.items() if cost > 0}
             charged |= names
-            refunded |= names if route.reserve else set()
+            refunded |= names if route.reserve else {rule.meter for rule in route.actual}
         return cls(
             tuple(name for name in snapshot.meters if name not in charged),
             tuple(sorted(refunded)),

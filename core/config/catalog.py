@@ -1,4 +1,4 @@
-"""Models of what is sold and counted: meters, upstreams, routes, plans and their limits.
+"""Models of what is sold and counted: meters, routes, plans and their limits.
 
 These hold what the file says; `compile` checks references and numbers across them and builds the
 `core.policy` form that the hot path reads.
@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -36,10 +37,11 @@ from core.config.fields import (
     Quantity,
     Rate,
     StatusClass,
-    UpstreamUrl,
     duration,
     preset,
 )
+from core.config.outcome import OutcomeSpec
+from core.config.rules import RuleKeys
 from core.config.units import UnitError
 from core.policy import REQUESTS, Action, Aggregation, PeriodKind, Status
 
@@ -225,32 +227,6 @@ class MeterSpec(Section):
         return Aggregation(self.aggregation)
 
 
-class UpstreamTimeouts(Section):
-    """How long an upstream may take."""
-
-    connect_ms: DurationMs = duration("1s", "connect", "To accept a connection.")
-    response_ms: DurationMs = duration("30s", "response", "To begin an answer.")
-
-
-class UpstreamPool(Section):
-    """Connections to an upstream, a gateway worker."""
-
-    max_connections: Count = preset(256, 256, None, "Connections at most.")
-    keepalive_ms: DurationMs = duration("60s", "keepalive", "How long an idle one is kept.")
-
-
-class UpstreamSpec(Section):
-    """Where admitted requests go."""
-
-    urls: tuple[UpstreamUrl, ...] = Field(
-        min_length=1, description="http://host:port, one or more; requests are spread over them."
-    )
-    timeout: UpstreamTimeouts = Field(
-        default_factory=UpstreamTimeouts, description="How long it may take."
-    )
-    pool: UpstreamPool = Field(default_factory=UpstreamPool, description="Connections to it.")
-
-
 class MatchSpec(Section):
     """What a request must look like."""
 
@@ -280,20 +256,38 @@ ChargeRule = Annotated[
 ]
 
 
-class RouteSpec(Section):
+def _cost_form(value: Any) -> str:
+    return FORM_TAG + ("outcome" if isinstance(value, Mapping | OutcomeSpec) else "amount")
+
+
+CostRule = Annotated[
+    Annotated[Quantity, Tag(FORM_TAG + "amount")]
+    | Annotated[OutcomeSpec, Tag(FORM_TAG + "outcome")],
+    Discriminator(_cost_form),
+]
+
+
+class RouteSpec(RuleKeys):
     """What a request matches and what then happens to it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["upstream"]}, {"required": ["respond"]}]}
+    )
 
     name: Name | None = Field(
         default=None, description="Name in metrics and logs; derived from the path by default."
     )
     match: MatchSpec = Field(description="What a request must look like.")
-    upstream: str = Field(description="Name of the upstream that answers.")
+    upstream: str | None = Field(
+        default=None, description="Name of the upstream that answers; or write respond."
+    )
     strip_prefix: Prefix | None = Field(
         default=None, description="Taken off the path before the upstream sees it."
     )
-    meters: dict[Name, Quantity] = Field(
+    meters: dict[Name, CostRule] = Field(
         default={REQUESTS: Decimal(1)},
-        description="What one request costs, a meter. Only what is written is charged.",
+        description="What one request costs, a meter: an amount, or {estimate, from} where the "
+        "answer decides. Only what is written is charged.",
         json_schema_extra={"default": {REQUESTS: 1}},
     )
     keyless: Flag = preset(False, False, None, "true admits without a key, by client address.")

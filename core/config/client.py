@@ -8,6 +8,7 @@ from pydantic import Field
 
 from core.config.base import Section
 from core.config.fields import Count, DurationMs, Size, duration, preset
+from core.config.rules import MaxBody
 
 # One piece of what a socket delivers is parsed before sizes are compared.
 MIN_HEAD = 4096
@@ -32,3 +33,9 @@ class ClientSettings(Section):
     )
     max_url: Size = preset(16 * 2**10, "16 KiB", None, "Path and query (414).")
     max_fields: Count = preset(128, 128, None, "Number of header fields (431).")
+    max_body: MaxBody = preset(
+        10 * 2**20,
+        "10 MiB",
+        None,
+        "A request's body (413), where its route says nothing; or unlimited.",
+    )

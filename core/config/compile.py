@@ -1,4 +1,4 @@
-"""From what the file says to what the hot path reads: meters, upstreams and plans of `core.policy`.
+"""From what the file says to what the hot path reads: meters and plans of `core.policy`.
 
 Works piece by piece on the raw data, so that references and numbers are checked wherever a piece
 is sound, even if another one is not. What is wrong inside a piece is reported by its model.
@@ -23,7 +23,6 @@ from core.config.catalog import (
     PeriodLimit,
     PlanSpec,
     RateLimit,
-    UpstreamSpec,
     WindowLimit,
 )
 from core.config.document import Path
@@ -45,7 +44,6 @@ from core.policy import (
     Price,
     Quota,
     SlidingWindow,
-    Upstream,
 )
 
 # A client address is no customer, and what it counts lives in Redis as long as its longest limit.
@@ -107,23 +105,6 @@ class Meters:
             self._problems.add(path, "too large to be counted exactly; lower it or the decimals")
             return None
         return units
-
-
-def compile_upstreams(data: Mapping[str, Any]) -> dict[str, Upstream]:
-    """The sound upstreams, by name."""
-    found = {}
-    for name, raw in mapping(data, "upstreams").items():
-        spec: UpstreamSpec | None = attempt(UpstreamSpec, raw)
-        if spec is not None:
-            found[name] = Upstream(
-                name=name,
-                urls=spec.urls,
-                connect_timeout_ms=spec.timeout.connect_ms,
-                response_timeout_ms=spec.timeout.response_ms,
-                max_connections=spec.pool.max_connections,
-                keepalive_ms=spec.pool.keepalive_ms,
-            )
-    return found
 
 
 class Plans:

@@ -25,7 +25,10 @@ _HOST = re.compile(r"^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?$")
 _METHOD = re.compile(r"^[A-Z][A-Z-]{1,31}$")
 _HEADER = re.compile(r"^[a-z0-9!#$%&'*+.^_`|~-]{1,64}$")
 _STATUS = re.compile(r"^[2-5](xx|[0-9][0-9])$")
+_LONGEST_SOCKET_PATH = 107
 _PATH = re.compile(r"^/[^\s?#*]*$")
+# What a request's path is matched against is decoded and in normal form, so a route's is, too.
+_NOT_NORMAL = re.compile(r"[%;\\\x00-\x1f\x7f]|//|/\.{1,2}(?:/|$)")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -118,25 +121,26 @@ def parse_network(value: object) -> Network:
 
 
 def parse_upstream_url(value: object) -> str:
-    """`http://host:port`, without credentials, path or query; a final `/` is dropped.
+    """`http://host:port`, `https://host:port` or `unix:///path/of/a.sock`.
+
+    Without credentials, path or query; a final `/` is dropped.
 
     Raises:
         UnitError: anything else.
     """
-    accepted = "write http://host:port, such as http://127.0.0.1:9000"
+    accepted = "write http://host:port, https://host:port or unix:///path/of/a.sock"
     if not isinstance(value, str):
         raise UnitError(value, f"not a URL; {accepted}")
     text = value.strip()
-    scheme = text.partition("://")[0].lower() if "://" in text else text.partition(":")[0].lower()
-    if scheme in ("https", "unix"):
-        raise UnitError(value, f"{scheme} upstreams are not supported yet; {accepted}")
+    if text.lower().startswith("unix:"):
+        return _unix_url(value, text)
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
         raise UnitError(value, f"not a URL; {accepted}") from None
-    if scheme != "http" or not parts.hostname or port == 0:
-        raise UnitError(value, f"not an http URL; {accepted}")
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise UnitError(value, f"not the URL of an upstream; {accepted}")
     if parts.username is not None or parts.password is not None:
         raise UnitError(value, f"credentials do not belong in an upstream URL; {accepted}")
     if parts.path not in ("", "/") or "?" in text or "#" in text:
@@ -149,6 +153,18 @@ def parse_upstream_url(value: object) -> str:
     elif not _HOST.fullmatch(parts.hostname):
         raise UnitError(value, f"not a URL; {accepted}")
     return text.removesuffix("/")
+
+
+def _unix_url(value: str, text: str) -> str:
+    path = text[5:].removeprefix("//")
+    if text[5:7] != "//" or not path.startswith("/") or path.endswith("/"):
+        raise UnitError(
+            value, "not a socket; write unix:// and its absolute path: unix:///run/a.sock"
+        )
+    # What the kernel's address holds, with the NUL that ends it.
+    if len(path.encode()) > _LONGEST_SOCKET_PATH or not path.isprintable():
+        raise UnitError(value, f"a socket's path has at most {_LONGEST_SOCKET_PATH} bytes; move it")
+    return f"unix://{path}"
 
 
 def store_url(schemes: Mapping[str, str]) -> Callable[[object], str | None]:
@@ -238,13 +254,19 @@ def parse_path(value: object) -> str:
     """
     if isinstance(value, str):
         stem = value.removesuffix("*") if value.endswith("/*") else value
-        if _PATH.fullmatch(stem) and "//" not in stem and not {".", ".."} & set(stem.split("/")):
+        if re.search(r"[%;\\]", stem):
+            raise UnitError(value, "not in normal form; write it decoded, without %, ; and \\")
+        if _PATH.fullmatch(stem) and not _NOT_NORMAL.search(stem):
             return value
     raise UnitError(value, "not a path; write /exact, or /prefix/* for everything below it")
 
 
 def _parse_prefix(value: object) -> str:
     if isinstance(value, str) and _PATH.fullmatch(value) and not value.endswith("/"):
+        if _NOT_NORMAL.search(value):
+            raise UnitError(
+                value, "not in normal form; write it decoded, without %, ;, \\, // and dots"
+            )
         return value
     raise UnitError(value, "not a prefix; write /name, without / at the end")
 
@@ -319,7 +341,9 @@ Cidr = Annotated[
     Network, PlainValidator(parse_network), WithJsonSchema(_text(examples=["10.0.0.0/8"]))
 ]
 UpstreamUrl = Annotated[
-    str, BeforeValidator(parse_upstream_url), _json(_text(r"^[Hh][Tt][Tt][Pp]://"))
+    str,
+    BeforeValidator(parse_upstream_url),
+    _json(_text(r"^([Hh][Tt][Tt][Pp][Ss]?|[Uu][Nn][Ii][Xx])://")),
 ]
 Name = Annotated[str, BeforeValidator(parse_name), WithJsonSchema(_text(NAME_PATTERN))]
 MatchPath = Annotated[str, BeforeValidator(parse_path), _json(_text(r"^/"))]

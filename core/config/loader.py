@@ -13,13 +13,14 @@ from pydantic import ValidationError
 
 from core import clock
 from core.config import document
-from core.config.compile import Meters, Plans, compile_upstreams, mapping
+from core.config.compile import Meters, Plans, mapping
 from core.config.fields import Address, parse_address
 from core.config.models import Config, ControlSettings, GatewaySettings
 from core.config.problems import Problems
 from core.config.routing import compile_routes
 from core.config.snapshot import Snapshot
 from core.config.units import UnitError
+from core.config.upstream_compile import compile_upstreams
 from core.errors import ConfigError
 
 # What a file leaves out, or leaves empty, comes from these: a file need not spell `${…}` for them.
@@ -65,7 +66,7 @@ def loads(text: str, source: str = "config.yaml", env: Mapping[str, str] | None 
         problems.add_validation(error)
     # The checks across sections run on whatever is sound, so that one look shows everything.
     meters = Meters(doc.data, problems)
-    upstreams = compile_upstreams(doc.data)
+    upstreams = compile_upstreams(doc.data, problems)
     plans = Plans(doc.data, meters, problems)
     routes = compile_routes(doc.data, set(mapping(doc.data, "upstreams")), meters, plans, problems)
     _check_addresses(doc.data, problems)

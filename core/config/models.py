@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from core.config.base import Section
-from core.config.catalog import MeterSpec, PlanSpec, RouteSpec, UpstreamSpec
+from core.config.catalog import MeterSpec, PlanSpec, RouteSpec
 from core.config.client import ClientSettings
 from core.config.fields import (
     Address,
@@ -32,6 +32,7 @@ from core.config.fields import (
     preset,
     store_url,
 )
+from core.config.upstreams import UpstreamSpec
 
 MIN_HOURS_MS = 62 * 86_400_000
 MIN_IDLE_MS = 3_600_000

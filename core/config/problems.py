@@ -50,7 +50,10 @@ def dotted(path: Path) -> str:
 
 def _secret(path: Path) -> bool:
     # Also above the path: `redis: redis://:password@host` puts the URL one level too high.
-    return any(path[: len(hidden)] == hidden[: len(path)] for hidden in _SECRET_PATHS)
+    # A value that goes upstream may be the upstream's own credential.
+    return "request_headers" in path or any(
+        path[: len(hidden)] == hidden[: len(path)] for hidden in _SECRET_PATHS
+    )
 
 
 class Problems:
@@ -82,7 +85,8 @@ class Problems:
         for detail in error.errors(include_url=False):
             loc = detail["loc"]
             about_key = bool(loc) and loc[-1] == "[key]"
-            form = next((str(s) for s in loc if str(s).startswith(FORM_TAG)), None)
+            tag = next((str(s) for s in loc if str(s).startswith(FORM_TAG)), "")
+            form = tag if tag.removeprefix(FORM_TAG) in LIMIT_FORMS else None
             path = tuple(s for s in loc if s != "[key]" and not str(s).startswith(FORM_TAG))
             if detail["type"] == "too_short" and self._document.get(path):
                 continue  # its entries are there, and reported one by one
@@ -112,6 +116,8 @@ class Problems:
             cause = context["error"]
             return cause.reason if isinstance(cause, UnitError) else str(cause)
         if kind == "extra_forbidden":
+            if form is not None and form.removeprefix(FORM_TAG) not in LIMIT_FORMS:
+                form = None  # of another union: its keys say enough
             hint = did_you_mean(str(path[-1]), known_keys(path[:-1], form))
             if form is None:
                 return f"unknown key{hint}"

@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.config.catalog import MatchSpec, RouteSpec, StatusCharge
+from core.config.client import ClientSettings
 from core.config.compile import Meters, Plans, attempt, mapping
 from core.config.document import Path
+from core.config.outcome import OutcomeSpec, compile_cost
 from core.config.problems import Problems, did_you_mean, dotted
+from core.config.ruling import check_upstream, compile_rules
+from core.config.upstream_compile import statuses
 from core.policy import OutageMode, Route
 
 _LONGEST_NAME = 63
@@ -54,6 +58,8 @@ def compile_routes(
     taken: set[str] = set()
     outage = mapping(mapping(data, "gateway"), "outage")
     has_spool = bool(str(outage.get("spool_dir") or "").strip())
+    client = mapping(mapping(data, "gateway"), "client")
+    sizes: ClientSettings = attempt(ClientSettings, client) or ClientSettings()
     for index, raw in enumerate(raw_routes):
         name = raw.get("name") if isinstance(raw, dict) else None
         if isinstance(name, str):
@@ -75,7 +81,7 @@ def compile_routes(
         if spec is not None:
             name = spec.name or derived_name(spec.match, taken)
             taken.add(name)
-            routes.append(_route(path, name, spec, meters, problems, has_spool))
+            routes.append(_route(path, name, spec, meters, problems, has_spool, sizes.max_body))
     return tuple(routes)
 
 
@@ -88,6 +94,7 @@ def _refer(
     problems: Problems,
 ) -> None:
     upstream, plan = raw.get("upstream"), raw.get("plan")
+    check_upstream(path, raw, problems)
     if isinstance(upstream, str) and upstream not in upstreams:
         hint = did_you_mean(upstream, upstreams)
         problems.add((*path, "upstream"), f"unknown upstream; declare it under upstreams{hint}")
@@ -129,6 +136,7 @@ def _route(
     meters: Meters,
     problems: Problems,
     has_spool: bool,
+    max_body: int,
 ) -> Route:
     prefix = spec.strip_prefix
     if prefix and not f"{spec.match.path}/".startswith(f"{prefix}/"):
@@ -145,33 +153,50 @@ def _route(
             (*path, "outage"),
             "nowhere to keep what is admitted until it is counted; set gateway.outage.spool_dir",
         )
-    costs = {}
-    for meter, cost in spec.meters.items():
-        units = meters.scale((*path, "meters", meter), meter, cost)
+    costs: dict[str, int] = {}
+    actual = []
+    for meter, cost in spec.meters.items() if spec.respond is None else ():
+        at = (*path, "meters", meter)
+        if isinstance(cost, OutcomeSpec):
+            rule = compile_cost(at, meter, cost, meters, problems)
+            if spec.keyless:
+                problems.add(
+                    at, "nobody to charge: a keyless route has no customer; write an amount"
+                )
+            if rule is not None:
+                actual.append(rule)
+                costs[meter] = rule.estimate
+            continue
+        units = meters.scale(at, meter, cost)
         if units is not None:
             costs[meter] = units
     return Route(
         name=name,
         path=spec.match.path,
-        upstream=spec.upstream,
+        upstream=spec.upstream or "",
         methods=frozenset(spec.match.methods or ()),
         host=spec.match.host or "",
         strip_prefix=prefix or "",
         costs=costs,
+        actual=tuple(actual),
         keyless=spec.keyless,
         plan=spec.plan or "",
         forward_key=spec.forward_key,
         reserve=spec.charge != "on_admit",
         charged=_charged(spec.charge),
         outage=OutageMode(spec.outage),
+        rules=compile_rules(
+            path,
+            spec,
+            match_path=spec.match.path,
+            methods=spec.match.methods or (),
+            keyless=spec.keyless,
+            stripped=spec.strip_prefix is not None,
+            max_body=max_body,
+            problems=problems,
+        ),
     )
 
 
 def _charged(charge: str | StatusCharge) -> frozenset[int] | None:
-    if isinstance(charge, str):
-        return None
-    codes: set[int] = set()
-    for text in charge.status:
-        first = int(text.replace("x", "0"))
-        codes.update(range(first, first + (100 if text.endswith("xx") else 1)))
-    return frozenset(codes)
+    return None if isinstance(charge, str) else statuses(charge.status)

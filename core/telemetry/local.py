@@ -14,6 +14,7 @@ import os
 import weakref
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Callable
 
 from prometheus_client import Counter
 
@@ -65,6 +66,9 @@ class LocalCounter:
     def inc(self, *labels: str) -> None:
         self.pending[labels] += 1
 
+    def add(self, count: int, *labels: str) -> None:
+        self.pending[labels] += count
+
     def flush(self) -> None:
         counts = self.pending
         if not counts:
@@ -98,8 +102,11 @@ class LocalMetrics:
         self.key_cache_hits = LocalCounter(metrics.key_cache_hits)  # inc(kind)
         self.key_cache_misses = LocalCounter(metrics.key_cache_misses)  # inc(kind)
         self.upstream_errors = LocalCounter(metrics.upstream_errors)  # inc(upstream, kind)
+        self.costs_settled = LocalCounter(metrics.costs_settled)  # inc(meter, source, result)
+        self.cost_units = LocalCounter(metrics.cost_units)  # add(units, meter, which)
         self._upstreams: dict[str, LocalHistogram] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self.before_flush: Callable[[], object] | None = None  # brings gauges up to date
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _discard_after_fork(reference))
         atexit.register(_flush_at_exit, reference)
@@ -118,6 +125,8 @@ class LocalMetrics:
 
     def flush(self) -> None:
         """Moves everything counted since the last call into the shared files."""
+        if self.before_flush is not None:
+            self.before_flush()
         for part in self._parts():
             part.flush()
         self._metrics.requests_in_flight.set(self.in_flight)
@@ -147,6 +156,8 @@ class LocalMetrics:
             self.key_cache_hits,
             self.key_cache_misses,
             self.upstream_errors,
+            self.costs_settled,
+            self.cost_units,
             *self._upstreams.values(),
         ]
 
@@ -156,6 +167,7 @@ class LocalMetrics:
             part.discard()
         self.in_flight = 0
         self._timer = None
+        self.before_flush = None
 
 
 def _discard_after_fork(reference: weakref.ref[LocalMetrics]) -> None:

@@ -70,7 +70,8 @@ class Metrics:
         self.requests = _counter(
             "requests_total",
             "Requests answered, by outcome: admitted, overage, limited (429), unauthorized (401), "
-            "payment (402), forbidden (403), unrouted (404, 405), bad_request (400, 408 of ours), "
+            "payment (402), forbidden (403), unrouted (404, 405), bad_request (400, 408, "
+            "413 of ours), static (answered by the route itself), preflight (CORS), "
             "outage (503: no decision), upstream_error (502, 503, 504 of ours), client_gone, "
             "shutdown (cut off after the drain time), error (500 of ours).",
             "route", "plan", "outcome",
@@ -108,9 +109,21 @@ class Metrics:
         )
         self.settlements = _counter(
             "settlements_total",
-            "Reservations settled: confirm, refund, renew; lost when Redis did not answer.",
+            "Reservations settled: confirm, refund, renew, cost, progress; lost when Redis did not "
+            "answer.",
             "kind",
         )
+        self.costs_settled = _counter(
+            "costs_settled_total",
+            "Costs that the answer decides, by source and what became of the estimate: actual, "
+            "aborted_<on_abort>, kept_<reason>, and taken back: unpaid, unanswered, unserved.",
+            "meter", "source", "result",
+        )  # fmt: skip
+        self.cost_units = _counter(
+            "cost_units_total",
+            "Smallest units of meters whose cost the answer decides: estimated, charged.",
+            "meter", "which",
+        )  # fmt: skip
         self.outage_admitted = _counter(
             "outage_admitted_total",
             "Requests admitted without a decision, by outage mode: open, local.",
@@ -144,9 +157,49 @@ class Metrics:
         )
         self.upstream_errors = _counter(
             "upstream_errors_total",
-            "Upstream failures: connect, timeout, reset, protocol.",
+            "Requests that failed at an upstream, by code: see docs/upstreams.md.",
             "upstream", "kind",
         )  # fmt: skip
+        self.upstream_targets_down = _gauge(
+            "upstream_targets_down",
+            "Addresses of a URL that a worker sends nothing to, unhealthy or ejected; 0 is good.",
+            "livesum",
+            "upstream", "target",
+        )  # fmt: skip
+        self.upstream_ejections = _counter(
+            "upstream_ejections_total",
+            "Times a target was left out because requests failed there.",
+            "upstream", "target",
+        )  # fmt: skip
+        self.upstream_checks = _counter(
+            "upstream_checks_total", "Health checks: ok, failed.", "upstream", "result"
+        )
+        self.upstream_breaker_state = _gauge(
+            "upstream_breaker_state",
+            "The worst circuit breaker of any worker: 0 closed, 1 half open, 2 open.",
+            "livemax",
+            "upstream",
+        )
+        self.upstream_breaker_changes = _counter(
+            "upstream_breaker_changes_total",
+            "Transitions of circuit breakers, to: open, half_open, closed.",
+            "upstream", "to",
+        )  # fmt: skip
+        self.upstream_retries = _counter(
+            "upstream_retries_total",
+            "Tries after the first: connect, reset, timeout, status, stale (a kept connection that "
+            "the upstream had closed); budget: refused, as too many failed.",
+            "upstream", "cause",
+        )  # fmt: skip
+        self.upstream_connections = _gauge(
+            "upstream_connections", "Connections: in_use, idle.", "livesum", "upstream", "state"
+        )
+        self.upstream_waiting = _gauge(
+            "upstream_waiting", "Requests that wait for a connection.", "livesum", "upstream"
+        )
+        self.upstream_dns_failures = _counter(
+            "upstream_dns_failures_total", "Names that could not be resolved any more.", "upstream"
+        )
 
         # All processes.
         self.processes = _gauge(

@@ -6,10 +6,16 @@ it: what is served is charged, and what is charged is served.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from core.errors import StoreUnavailableError
 from gateway.admission.settler import Reservation, ReservationLost, Settler
 from gateway.outage.decide import Outage
 from gateway.outage.entries import confirmed
+
+if TYPE_CHECKING:
+    from gateway.cost.tap import Cost, Tap
 
 
 class Charge:
@@ -30,6 +36,14 @@ class Charge:
         self._charged = charged
         self._reservation = reservation
         self._entry = entry
+
+    costs: Sequence[Cost] = ()
+    """What the meters were charged of which the answer decides the cost, once it has."""
+
+    def tap(self, request_id: str) -> Tap | None:
+        """What is to read the answer; None where that does not decide the cost."""
+        del request_id
+        return None
 
     async def answered(self, status: int) -> None:
         """The upstream has answered; nothing of it has been passed on.

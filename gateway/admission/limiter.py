@@ -25,6 +25,8 @@ from gateway.admission.charge import Charge
 from gateway.admission.leases import Held, Leases
 from gateway.admission.settler import Settler
 from gateway.answers.verdict import LimitState, Policy
+from gateway.cost.charge import CostCharge, CostOnRoute, Place
+from gateway.cost.report import CostReport
 from gateway.outage.decide import Outage, OutageRules
 from gateway.outage.local import Slots
 
@@ -52,13 +54,15 @@ class Metered(Protocol):
 @dataclass(frozen=True, slots=True)
 class Admission:
     """A program with what its answers are read with. `interval_months` is the plan's; `charged` are
-    the statuses a reservation is charged for, None all of them."""
+    the statuses a reservation is charged for, None all of them; `cost` is there where the answer
+    decides the cost."""
 
     program: Program
     policies: tuple[Policy, ...]
     interval_months: int
     outage: OutageRules = _CLOSED
     charged: frozenset[int] | None = None
+    cost: CostOnRoute | None = None
     blocked: Blocked = field(default_factory=Blocked, compare=False)
 
 
@@ -92,6 +96,7 @@ class Limiter:
         outage: Outage,
         *,
         on_event: Callable[[str], None] | None = None,
+        costs: CostReport | None = None,
     ) -> None:
         self._batcher = batcher
         self._seeder = seeder
@@ -99,6 +104,7 @@ class Limiter:
         self._keyspace = keyspace
         self._settler = settler
         self._outage = outage
+        self._costs = costs or CostReport()
         self._on_event = on_event
 
     async def admit(self, admission: Admission, subscription: Metered, request_id: str) -> Decision:
@@ -236,8 +242,15 @@ class Limiter:
             found = await outage.decide(admission.outage, program, subject, span, now_ms)
         except StoreUnavailableError as error:
             raise error from reason
-        charge = None
-        if found.entry:
+        charge: Charge | None = None
+        cost = admission.cost
+        if cost is not None and found.admitted and program.durable:
+            place = Place(span, now_ms, admission.outage.caps)
+            charge = CostCharge(
+                self._settler, outage, admission.charged, cost, subject, self._costs,
+                entry=found.entry, place=place,
+            )  # fmt: skip
+        elif found.entry:
             charge = Charge(self._settler, outage, admission.charged, None, found.entry)
         if not found.numbers:
             return Decision(True, False, [], None, charge)
@@ -299,12 +312,19 @@ class Limiter:
         states, any_overage = self._states(admission, numbers)
         if numbers[1] != Verdict.ADMIT:
             return Decision(False, any_overage, states, None)
-        held = charge = None
+        held: Held | None = None
+        charge: Charge | None = None
         if program.lease_limits:
             held = self._leases.hold(request_id, keys[1:], program.lease_ms)
         if program.reserve_ms:
             reservation = self._settler.hold(request_id, subject, program.reserve_ms)
-            charge = Charge(self._settler, self._outage, admission.charged, reservation, b"")
+            if admission.cost is None:
+                charge = Charge(self._settler, self._outage, admission.charged, reservation, b"")
+            else:
+                charge = CostCharge(
+                    self._settler, self._outage, admission.charged, admission.cost, subject,
+                    self._costs, reservation=reservation,
+                )  # fmt: skip
         return Decision(True, any_overage, states, held, charge)
 
     def _states(

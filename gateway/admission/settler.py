@@ -3,7 +3,8 @@
 A reservation was counted when its request was admitted. It is confirmed before the first byte of
 the answer leaves for the client, so what was served is charged, and refunded when there is nothing
 to charge for. What is neither, because this worker was killed, expires and is taken back. Those of
-long requests are renewed here, on one timer for all of them.
+long requests are renewed here, on one timer for all of them. Where the answer decides the cost, a
+reservation is settled by it at the answer's end, and says meanwhile what is charged if it expires.
 
 Settlements that are asked for while a call is under way form the next one. Confirmations, which
 answers wait for, go apart from the rest: a refund may have to wait for the ledger.
@@ -14,10 +15,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from core import clock
-from core.admission.settlement import Kind, Operation, Settled, Settlement
+from core.admission.settlement import Change, Kind, Operation, Settled, Settlement
 from core.errors import StoreUnavailableError
 from core.telemetry import logs
 
@@ -29,6 +30,11 @@ _BATCH = 256
 # Refunds that wait for Redis; beyond that their reservations expire.
 _MAX_AGAIN = 10_000
 _RENEWALS = 3  # a reservation is renewed when this part of it has passed
+# How often an answer that is charged as it streams tells how far it has come.
+PROGRESS_S = 1.0
+
+
+_UNSETTLED = (Settled.COLD, Settled.UNVERIFIED)
 
 
 class ReservationLost(StoreUnavailableError):
@@ -52,13 +58,18 @@ class Reservation:
     subject: str
     ms: int
     renew_at: float
+    progress: Callable[[], Operation] | None = None
+    """What to tell of an answer under way: a PROGRESS of this reservation."""
+    progress_at: float = 0.0
+    told: tuple[Change, ...] = ()
 
 
 class Settler:
     """All reservations of this process. `run()` is the run of the Redis connected to, or None.
 
     A confirmation is waited for `timeout_s` at most: a stalled Redis must not stall answers. Nor
-    does it charge later for what was not served then, given `redis_now_ms()`.
+    does it charge later for what was not served then, given `redis_now_ms()`. `spill` writes down
+    a cost that Redis does not take, False when it cannot.
     """
 
     def __init__(
@@ -68,16 +79,22 @@ class Settler:
         timeout_s: float = 0.05,
         on_settled: Callable[[str, int], None] | None = None,
         redis_now_ms: clock.Clock | None = None,
+        spill: Callable[[Operation], bool] | None = None,
     ) -> None:
         self._settlement = settlement
         self._run = run
         self._timeout_s = timeout_s
         self._on_settled = on_settled
         self._redis_now_ms = redis_now_ms
+        self._spill = spill
         self._held: set[Reservation] = set()
         self._confirms, self._others = _Lane(), _Lane()
-        self._again: list[Operation] = []  # refunds that Redis did not take
+        self._again: list[Operation] = []  # refunds and costs that Redis did not take
         self._sweeper: asyncio.Task[None] | None = None
+
+    def now_ms(self) -> int:
+        """The time of Redis, as far as it is known here."""
+        return clock.now_ms() if self._redis_now_ms is None else self._redis_now_ms()
 
     def hold(self, name: str, subject: str, ms: int) -> Reservation:
         """Registers what an admission reserved, to be renewed until it is settled."""
@@ -94,19 +111,33 @@ class Settler:
             StoreUnavailableError: Redis did not answer; whether it is charged is not known.
         """
         self._held.discard(held)
+        await self._durable(Operation(Kind.CONFIRM, held.subject, held.id))
+
+    async def begin(self, held: Reservation, progress: Operation) -> None:
+        """The answer is charged as `progress` says, whatever becomes of this process; more to come.
+
+        Raises: as `confirm`.
+        """
+        await self._durable(progress)
+
+    async def _durable(self, operation: Operation) -> None:
         if self._run() is None:
             raise StoreUnavailableError("Redis is not connected")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        deadline_ms = 0
         if self._redis_now_ms is not None:
             deadline_ms = self._redis_now_ms() + max(1, round(self._timeout_s * 1000))
-        confirm = Operation(Kind.CONFIRM, held.subject, held.id, deadline_ms=deadline_ms)
-        self._queue(confirm, future)
+            operation = replace(operation, deadline_ms=deadline_ms)
+        self._queue(operation, future)
         try:
             async with asyncio.timeout(self._timeout_s):
                 await future
         except TimeoutError:
             raise StoreUnavailableError("Redis took longer than the time-out") from None
+
+    def cost(self, held: Reservation, cost: Operation) -> None:
+        """What the answer cost in the end. Never waits, never fails; tried again as a refund is."""
+        self._held.discard(held)
+        self._queue(cost, None)
 
     def refund(self, held: Reservation) -> None:
         """There was nothing to charge for. Never waits, never fails.
@@ -155,13 +186,24 @@ class Settler:
                 self._tell(batch, [], StoreUnavailableError("shutting down"))
                 raise
             self._tell(batch, found, error)
-            if error is not None:
-                self._keep(batch)
+            self._keep([operation for operation, _ in batch], found)
 
-    def _keep(self, batch: list[_Waiter]) -> None:
-        lost = [operation for operation, _ in batch if operation.kind is Kind.REFUND]
-        self._again = (self._again + lost)[:_MAX_AGAIN]
-        self._watch()
+    def _keep(self, operations: list[Operation], found: list[Settled]) -> None:
+        """What is to be tried again. `found` is empty when Redis did not answer."""
+        kept: list[Operation] = []
+        for at, operation in enumerate(operations):
+            if operation.kind is Kind.COST:
+                settled = found[at] if found else Settled.COLD
+                if settled is Settled.GONE:
+                    # Redis lost it, or it was settled already by a call whose answer was lost.
+                    _log.info("cost_of_no_reservation", subject=operation.subject, id=operation.id)
+                elif settled in _UNSETTLED and not (self._spill and self._spill(operation)):
+                    kept.append(operation)
+            elif operation.kind is Kind.REFUND and not found:
+                kept.append(operation)
+        if kept:
+            self._again = (self._again + kept)[:_MAX_AGAIN]
+            self._watch()
 
     def _watch(self) -> None:
         if self._sweeper is None or self._sweeper.done():
@@ -197,6 +239,13 @@ class Settler:
                     self._queue(operation, None)
             now = clock.monotonic()
             for held in self._held:
-                if held.renew_at <= now:
+                if held.progress is not None and held.progress_at <= now:
+                    held.progress_at = now + PROGRESS_S
+                    progress = held.progress()
+                    if progress.changes != held.told or held.renew_at <= now:
+                        held.told = progress.changes
+                        held.renew_at = now + held.ms / 1000 / _RENEWALS
+                        self._queue(progress, None)
+                elif held.renew_at <= now:
                     held.renew_at = now + held.ms / 1000 / _RENEWALS
                     self._queue(Operation(Kind.RENEW, held.subject, held.id, ms=held.ms), None)

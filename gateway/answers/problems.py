@@ -89,7 +89,7 @@ def temporary_reduced_capacity(
     )
 
 
-def upstream_busy(retry_after: int, *, request_id: str) -> Problem:
+def upstream_busy(retry_after: int, *, request_id: str, code: str = "upstream-busy") -> Problem:
     """503: all connections to the upstream stayed taken. `retry_after` in seconds."""
     seconds = max(1, retry_after)
     return _problem(
@@ -99,6 +99,22 @@ def upstream_busy(retry_after: int, *, request_id: str) -> Problem:
         f"The API behind this gateway is busy. Try again in {_duration(seconds)}.",
         request_id,
         [(b"retry-after", b"%d" % seconds)],
+        {"code": code},
+    )
+
+
+def upstream_unavailable(retry_after: int, *, request_id: str, code: str) -> Problem:
+    """503: the upstream failed too often and is given a rest. `retry_after` in seconds."""
+    seconds = max(1, retry_after)
+    return _problem(
+        503,
+        OWN_BASE + "upstream-unavailable",
+        "Upstream unavailable",
+        "The API behind this gateway has been failing and is given a rest. "
+        f"Try again in {_duration(seconds)}.",
+        request_id,
+        [(b"retry-after", b"%d" % seconds)],
+        {"code": code},
     )
 
 
@@ -250,7 +266,7 @@ def request_timeout(*, request_id: str) -> Problem:
     )
 
 
-def bad_gateway(*, request_id: str) -> Problem:
+def bad_gateway(*, request_id: str, code: str = "bad-gateway") -> Problem:
     """502: the upstream could not be reached or broke off."""
     return _problem(
         502,
@@ -258,10 +274,11 @@ def bad_gateway(*, request_id: str) -> Problem:
         "Bad gateway",
         "The API behind this gateway could not be reached, or ended its answer early.",
         request_id,
+        extra={"code": code},
     )
 
 
-def gateway_timeout(timeout_ms: int, *, request_id: str) -> Problem:
+def gateway_timeout(timeout_ms: int, *, request_id: str, code: str = "upstream-timeout") -> Problem:
     """504: the upstream did not answer in time."""
     return _problem(
         504,
@@ -269,6 +286,7 @@ def gateway_timeout(timeout_ms: int, *, request_id: str) -> Problem:
         "Gateway time-out",
         f"The API behind this gateway did not answer within {timeout_ms / 1000:g} seconds.",
         request_id,
+        extra={"code": code},
     )
 
 

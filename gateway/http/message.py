@@ -11,6 +11,10 @@ from urllib.parse import unquote_to_bytes
 
 Header = tuple[bytes, bytes]
 
+# Bytes of a path that mean the same to everybody, wherever they stand. A dot may make a segment
+# that is none; all others that are missing here are looked at one by one (gateway/paths.py).
+PLAIN: Final = bytes(byte for byte in range(0x21, 0x7F) if byte not in b"%\\;#?.")
+
 # Statuses that never have a body (RFC 9110 sections 15.3.5 and 15.4.5).
 NO_BODY: Final = frozenset((204, 304))
 
@@ -29,6 +33,7 @@ class Request:
     Attributes:
         method: as sent; one that llhttp knows.
         raw_path: as sent, without the query; of an absolute target, its path. `*` for OPTIONS *.
+        odd: those bytes of it that are not `PLAIN`; nearly always none.
         path: `raw_path` percent-decoded; bytes that are no UTF-8 become U+FFFD.
         query: as sent, without the question mark.
         headers: in the order they came, fields of one name apart.
@@ -42,6 +47,7 @@ class Request:
         "body_length",
         "headers",
         "method",
+        "odd",
         "path",
         "peer",
         "query",
@@ -64,7 +70,8 @@ class Request:
         self.method = method
         raw, _, self.query = target.partition(b"?")
         self.raw_path = raw
-        if b"%" in raw:
+        self.odd = odd = raw.translate(None, PLAIN)
+        if odd and b"%" in odd:
             raw = unquote_to_bytes(raw)
         self.path = raw.decode("utf-8", "replace")
         self.headers = headers

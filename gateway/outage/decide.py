@@ -18,10 +18,13 @@ from core.admission.program import Program
 from core.errors import StoreUnavailableError
 from core.period import Span
 from core.policy import Meter, OutageMode
+from core.telemetry import logs
 from gateway.outage import entries
 from gateway.outage.commit import SpoolUnavailable
 from gateway.outage.local import LocalFull, LocalLimiter, LocalProgram, Slots
 from gateway.outage.replay import Journal
+
+_log = logs.get_logger()
 
 
 class Emergency(NamedTuple):
@@ -35,11 +38,13 @@ class Emergency(NamedTuple):
 
 
 class OutageRules(NamedTuple):
-    """A plan on a route, while Redis is away. `caps`: where overage begins, by meter."""
+    """A plan on a route, while Redis is away. `caps`: where overage begins, by meter; `waits`:
+    whether what is admitted is journalled only once it is answered."""
 
     mode: OutageMode
     local: LocalProgram | None
     caps: Mapping[str, int]
+    waits: bool = False
 
 
 class Outage:
@@ -86,7 +91,7 @@ class Outage:
         try:
             if program.durable:
                 entry = entries.admitted(subject, program, self._meters(), rules.caps, span, now_ms)
-                if not program.reserve_ms:
+                if not rules.waits:
                     await self.write(entry)
                     entry = b""
         except BaseException:
@@ -110,6 +115,19 @@ class Outage:
             raise StoreUnavailableError(f"spool: {error}") from error
         if self._on_written is not None:
             self._on_written()
+
+    def note(self, entry: bytes) -> bool:
+        """Journals an entry without waiting for the disk; False when it cannot be."""
+        if not self._journal.durable:
+            return False
+        try:
+            self._journal.append_written(entry)
+        except SpoolUnavailable as error:
+            _log.warning("not_written_down", reason=str(error))
+            return False
+        if self._on_written is not None:
+            self._on_written()
+        return True
 
     def release(self, slots: Slots | None) -> None:
         """Gives back what a request held of this process's share."""

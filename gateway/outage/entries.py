@@ -4,6 +4,7 @@
   unresolved  a batch of checks whose answer was lost: what it counted is taken back, as none of
               its requests was served by it
   confirmed   a reservation whose answer was served while it could not be confirmed: it is confirmed
+  settled     the same where the answer decides the cost: what is charged so far, or in the end
 
 An entry holds all that its counting needs, so that another worker, under another configuration, can
 count what a killed one left behind.
@@ -23,7 +24,7 @@ from core.policy import Aggregation, Meter
 from gateway.admission.check import Unresolved
 
 # One letter each: a spool has millions of these.
-_ADMITTED, _UNRESOLVED, _CONFIRMED = "a", "u", "c"
+_ADMITTED, _UNRESOLVED, _CONFIRMED, _SETTLED = "a", "u", "c", "s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,25 @@ def admitted(
 def confirmed(subject: str, name: str) -> bytes:
     """The reservation `name` of a subject was served."""
     return orjson.dumps((_CONFIRMED, subject, name))
+
+
+def settled(operation: Operation) -> bytes:
+    """A COST or a PROGRESS of a reservation that Redis did not take."""
+    rows = [(change.meter, change.units) for change in operation.changes]
+    kind = int(operation.kind)
+    return orjson.dumps((_SETTLED, operation.subject, operation.id, kind, operation.ms, rows))
+
+
+def corrected(
+    subject: str,
+    changes: Mapping[str, int],
+    caps: Mapping[str, int],
+    span: tuple[int, int],
+    at_ms: int,
+) -> bytes:
+    """What usage that was `admitted` at that time cost more, or less, than it says."""
+    rows = [(name, units, str(Aggregation.SUM), caps.get(name)) for name, units in changes.items()]
+    return orjson.dumps((_ADMITTED, subject, at_ms, *span, rows))
 
 
 def unresolved(batch: Unresolved, meters: Mapping[str, Meter]) -> bytes:
@@ -102,6 +122,11 @@ def _read(entry: list[Any]) -> Operation | Lost:
         return Operation(Kind.ADJUST, subject, changes=changes)
     if kind == _CONFIRMED:
         return Operation(Kind.CONFIRM, entry[1], entry[2])
+    if kind == _SETTLED:
+        _, subject, name, number, ms, rows = entry
+        # of what is only named and counted: when it was and in which period is in the reservation
+        changes = tuple(Change(meter, units, 0, 0, 0) for meter, units in rows)
+        return Operation(Kind(number), subject, name, changes, ms)
     if kind == _UNRESOLVED:
         _, sender, number, deadline_ms, checks = entry
         return Lost(sender, number, deadline_ms, tuple(map(_refund, checks)))

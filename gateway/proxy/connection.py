@@ -8,16 +8,17 @@ object besides the waiter future.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from core import clock
 from gateway.http.errors import ExchangeError
-from gateway.http.message import NO_BODY
+from gateway.http.message import NO_BODY, Header
 from gateway.proxy.errors import BadUpstreamResponse, UpstreamClosed
-from gateway.proxy.headers import RESPONSE_SPECIAL, Target, connection_tokens
+from gateway.proxy.headers import RESPONSE_SPECIAL, connection_tokens
+from gateway.proxy.target import Endpoint
 
 # Above this many buffered body bytes the socket is no longer read: a slow client must cost a
 # bounded amount of memory. One read under uvloop delivers up to 256,000 bytes on top of it.
@@ -33,6 +34,19 @@ MAX_HEAD: Final = 64 * 1024
 
 # Interim (1xx) responses accepted before the final one.
 MAX_INTERIM: Final = 16
+
+MAX_TRAILERS: Final = 64
+
+# RFC 9110 section 6.5.1: what frames, routes or authenticates a message.
+NO_TRAILER: Final = RESPONSE_SPECIAL | {
+    b"authorization",
+    b"cache-control",
+    b"content-encoding",
+    b"content-range",
+    b"content-type",
+    b"host",
+    b"set-cookie",
+}
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -67,27 +81,32 @@ class UpstreamConnection(asyncio.Protocol):
         "busy",
         "closed",
         "complete",
+        "endpoint",
         "error",
         "head_at",
         "head_done",
         "headers",
         "idle_epoch",
         "length",
+        "lifetime",
         "names_server",
         "pooled",
         "requests",
         "reusable",
         "status",
         "target",
+        "trailers",
+        "worn",
     )
 
     def __init__(
         self,
-        target: Target,
+        endpoint: Endpoint,
         loop: asyncio.AbstractEventLoop,
         on_lost: Callable[[UpstreamConnection], None],
     ) -> None:
-        self.target = target
+        self.endpoint = endpoint
+        self.target = endpoint.target
         self._loop = loop
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
@@ -100,6 +119,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.busy = False
         self.closed = False
         self.pooled = False  # counted by the pool
+        self.lifetime: asyncio.TimerHandle | None = None  # the pool's, if it bounds its age
+        self.worn = False  # not to be kept: too old, or its endpoint or pool is gone
         self.idle_epoch = 0  # the pool's, when it became idle
         self.requests = 0  # how many it has carried
         self._reset(False)
@@ -126,6 +147,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._saw_close = False
         self._named: tuple[bytes, ...] = ()
         self._fault = ""
+        self.trailers: Sequence[Header] = ()
 
     # The consumer's side
 
@@ -289,9 +311,10 @@ class UpstreamConnection(asyncio.Protocol):
             self._refuse("bytes after the answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.head_done:
-            return  # trailer fields end here: RFC 9110 section 6.5.1 lets a proxy drop them
         name = name.lower()
+        if self.head_done:
+            self._trailer(name, value)
+            return
         if name in RESPONSE_SPECIAL:
             self._special_header(name, value)
         else:
@@ -355,6 +378,15 @@ class UpstreamConnection(asyncio.Protocol):
         elif name == b"server":
             self.names_server = True
             self.headers.append((name, value))
+
+    def _trailer(self, name: bytes, value: bytes) -> None:
+        """A field after the body. Those that frame or route a message have no place there."""
+        if name in NO_TRAILER or name in self._named:
+            return
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > MAX_HEAD or len(self.trailers) >= MAX_TRAILERS:
+            self._refuse("too many trailer fields")
+        self.trailers = (*self.trailers, (name, value))
 
     def _refuse(self, fault: str) -> None:
         """Stop parsing: httptools turns the exception into an HttpParserError for feed_data."""

@@ -32,6 +32,12 @@ class ConnectTimeout(ProxyError):
     code = "upstream-connect-timeout"
 
 
+class TlsFailed(ConnectError):
+    """A target accepted the connection and then TLS failed: its certificate, or ours."""
+
+    code = "upstream-tls"
+
+
 class PoolExhausted(ProxyError):
     """All connections stayed busy for the whole connect time-out: the upstream is overloaded."""
 
@@ -39,11 +45,40 @@ class PoolExhausted(ProxyError):
     code = "upstream-busy"
 
 
+class QueueFull(PoolExhausted):
+    """So many requests wait for a connection that one more would not get its turn in time."""
+
+    code = "upstream-queue-full"
+
+
+class BreakerOpen(ProxyError):
+    """The upstream failed too often and is given a rest; `retry_after_s` is how long."""
+
+    status = 503
+    code = "upstream-resting"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
 class ResponseTimeout(ProxyError):
-    """The upstream made no progress for its response time-out."""
+    """The upstream did not begin its answer within its response time-out."""
 
     status = 504
     code = "upstream-timeout"
+
+
+class IdleTimeout(ResponseTimeout):
+    """The upstream stopped in the middle of its answer for longer than its idle time-out."""
+
+    code = "upstream-idle-timeout"
+
+
+class TotalTimeout(ResponseTimeout):
+    """The whole took longer than the upstream's total time-out, retries included."""
+
+    code = "upstream-total-timeout"
 
 
 class BadUpstreamResponse(ProxyError):

@@ -1,4 +1,4 @@
-"""What the heads of requests and responses share: hop-by-hop fields, targets, byte checks.
+"""What the heads of requests and responses share: hop-by-hop fields, byte checks.
 
 A header is a pair of bytes, the name in lower case.
 """
@@ -6,8 +6,7 @@ A header is a pair of bytes, the name in lower case.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final, NamedTuple
-from urllib.parse import urlsplit
+from typing import Final
 
 from gateway.http.errors import BadRequest
 from gateway.http.message import Header
@@ -39,34 +38,6 @@ _TOKEN: Final = frozenset(
     b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 )
 _VALUE_FORBIDDEN: Final = frozenset(range(32)) - {9} | {127}
-
-
-class Target(NamedTuple):
-    """One address of an upstream. `authority` is sent as Host; `base` is put before each path."""
-
-    host: str
-    port: int
-    authority: bytes
-    base: bytes
-
-
-def parse_target(url: str) -> Target:
-    """A target from `http://host[:port][/base]`.
-
-    Raises:
-        ValueError: not plain http, or with user, query or fragment.
-    """
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise ValueError(f"{url!r}: an upstream URL looks like http://host:port")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError(f"{url!r}: an upstream URL has no user, query or fragment")
-    port = parts.port or 80
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    authority = host if port == 80 else f"{host}:{port}"
-    base = parts.path.rstrip("/").encode("ascii")
-    check_header(b"host", authority.encode("idna" if not authority.isascii() else "ascii"))
-    return Target(parts.hostname, port, authority.encode("ascii"), base)
 
 
 def connection_tokens(value: bytes) -> tuple[bytes, ...]:

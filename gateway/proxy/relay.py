@@ -12,29 +12,26 @@ without the last chunk, or short of Content-Length.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from core import clock
-from gateway.http.errors import BadRequest, ClientDisconnected, ExchangeError
+from gateway.cost.tap import Tap
+from gateway.http.errors import ClientDisconnected, ExchangeError
 from gateway.http.exchange import Exchange
 from gateway.http.message import Header
+from gateway.proxy.attempts import attempts, stale
+from gateway.proxy.body import read_body, send_body
 from gateway.proxy.connection import UpstreamConnection
 from gateway.proxy.errors import BadUpstreamResponse, UpstreamClosed
 from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.request import RequestHead
+from gateway.proxy.retry import IDEMPOTENT
+from gateway.proxy.target import Endpoint
 from gateway.proxy.watch import Flight, Watch
 
-# So much of a request body, or all of it, is read before an upstream connection is taken: cheaper
-# than a second task, and who sends nothing holds no connection. Its price is that an upstream does
-# not see less of a body than this before its end.
-INLINE_BODY: Final = 64 * 1024
-
-_LAST_CHUNK: Final = b"0\r\n\r\n"
-
-# RFC 9110 section 9.2.2: sending one of these twice is as good as once.
-IDEMPOTENT: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"))
+_NOBODY: Final[frozenset[Endpoint]] = frozenset()
 
 
 class Outcome(StrEnum):
@@ -74,13 +71,17 @@ async def relay(
     drop_response_headers: frozenset[bytes] = frozenset(),
     default_server: Header | None = None,
     before_start: Callable[[int], Awaitable[None]] | None = None,
+    balance_key: bytes = b"",
+    tap: Tap | None = None,
 ) -> RelayResult:
     """Relay one admitted request.
 
     The upstream may be silent for the pool's response time-out, from the end of the request to the
-    head of its answer and between pieces of body. That is noticed up to 0.15 s late.
+    head of its answer, and for its idle time-out between pieces of body. Time-outs are noticed up
+    to 0.15 s late.
 
     Args:
+        balance_key: what the upstream's `balance: {hash: …}` hashes.
         head: from `RequestRules.head(request)`.
         extra_response_headers: appended to the upstream's, e.g. the RateLimit fields.
         drop_response_headers: lower-case names removed from the upstream's, so that ours stand
@@ -88,6 +89,7 @@ async def relay(
         default_server: appended when the upstream does not name itself.
         before_start: awaited with the status once the head of the answer is there, before any of
             it is passed on. What it raises ends the relay: the answer is not passed on.
+        tap: reads the answer as it passes, and may keep header fields from the client.
 
     Returns:
         A result once the response has started; the exchange has then ended.
@@ -104,7 +106,7 @@ async def relay(
             raise ClientDisconnected("the client closed the connection")
         conn = None if head.body_length else pool.get_idle()
         if conn is None:
-            conn = await run.request()
+            conn = await run.request(balance_key)
         else:
             # What `request` does, without its layer: nearly all requests go this way.
             run.conn = conn
@@ -121,6 +123,8 @@ async def relay(
         if before_start is not None:
             await before_start(status)
         headers = conn.headers
+        if tap is not None:
+            headers = tap.head(status, headers)
         if drop_response_headers:
             headers = [pair for pair in headers if pair[0] not in drop_response_headers]
         if default_server is not None and not conn.names_server:
@@ -128,9 +132,9 @@ async def relay(
         headers += extra_response_headers
         length = max(conn.length, -1)
         body = conn.take()
-        if not conn.complete:
+        if not conn.complete or conn.trailers:
             head_ms = run.head_ms(conn)
-            result = await run.stream(exchange, headers, length, body)
+            result = await run.stream(exchange, headers, length, body, tap)
             return result._replace(headers=headers, head_ms=head_ms)
         head_ms = run.head_ms(conn) if conn.head_at else 0.0
         upstream_ms = run.finish()
@@ -138,6 +142,9 @@ async def relay(
             exchange.respond(status, headers, body, length)
         except ValueError as exc:
             raise BadUpstreamResponse(f"unusable answer: {exc}") from exc
+        if tap is not None:
+            tap.piece(body)
+            tap.end()
         return RelayResult(
             status,
             run.bytes_in,
@@ -160,33 +167,39 @@ class _Relay(Flight):
     __slots__ = ("_head", "_pool", "_pump", "began")
 
     def __init__(
-        self, watch: Watch, exchange: Exchange, pool: UpstreamPool, head: RequestHead
+        self,
+        watch: Watch,
+        exchange: Exchange,
+        pool: UpstreamPool,
+        head: RequestHead,
     ) -> None:
-        super().__init__(watch, exchange, pool.response_ticks)
+        super().__init__(watch, exchange, pool.limits)
         self._pool = pool
         self._head = head
         self._pump: asyncio.Task[None] | None = None
         self.began = 0.0
 
-    async def request(self) -> UpstreamConnection:
+    async def request(self, key: bytes) -> UpstreamConnection:
         """Send the request; returns when the head of the answer, or all of it, is there."""
         body = b""
         length = self._head.body_length
         if length:
-            body, complete = await _read_body(self, length)
+            body, complete = await read_body(self, length, self._head.max_body)
             if complete:
                 length = 0
-        conn = self._pool.get_idle()
-        if conn is None:
-            conn = await self._pool.acquire()
+        pool = self._pool
+        self.began = clock.monotonic()
+        if pool.guarded:
+            return await attempts(self, pool, self._head.method, body, length, key)
+        conn = pool.get_idle() or await self.connection(key)
         self.began = clock.monotonic()
         try:
-            return await self._try(conn, body, length)
+            return await self.send(conn, body, length)
         except UpstreamClosed:
-            return await self.again(conn, length, body)
+            return await self.again(conn, length, body, key)
 
     async def again(
-        self, conn: UpstreamConnection, length: int, body: bytes = b""
+        self, conn: UpstreamConnection, length: int, body: bytes = b"", key: bytes = b""
     ) -> UpstreamConnection:
         """Send the request a second time, where its kept connection was closed meanwhile: nothing
         was answered, and it can be sent again as it was.
@@ -194,15 +207,47 @@ class _Relay(Flight):
         Raises:
             UpstreamClosed: that is not so.
         """
-        head = self._head
-        if conn.answered or conn.requests < 2 or length or head.method not in IDEMPOTENT:
+        if not stale(conn, not length and self._head.method in IDEMPOTENT):
             assert conn.error is not None
             raise conn.error
-        self.conn = None
-        self._pool.release(conn)
-        return await self._try(await self._pool.acquire(fresh=True), body, 0)
+        self.give_back(conn)
+        self._pool.retried_stale()
+        return await self.send(await self.connection(key, fresh=True), body, 0)
 
-    async def _try(self, conn: UpstreamConnection, body: bytes, length: int) -> UpstreamConnection:
+    async def connection(
+        self, key: bytes = b"", avoid: Collection[Endpoint] = _NOBODY, fresh: bool = False
+    ) -> UpstreamConnection:
+        """Wait for a connection, no longer than the client and the total time-out do."""
+        self.blocked = task = asyncio.current_task()
+        try:
+            return await self._pool.acquire(key, avoid=avoid, fresh=fresh)
+        except asyncio.CancelledError:
+            raise self._cancelled(task) from None
+        finally:
+            self.blocked = None
+
+    async def pause(self, seconds: float) -> None:
+        """Wait before the next try."""
+        self.blocked = task = asyncio.current_task()
+        self.deadline = 0
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            raise self._cancelled(task) from None
+        finally:
+            self.blocked = None
+
+    def _cancelled(self, task: asyncio.Task[Any] | None) -> BaseException:
+        """What a cancellation was: the end of this relay, or of the worker."""
+        if self.error is None or task is None:
+            return asyncio.CancelledError()
+        task.uncancel()
+        return self.error
+
+    async def send(
+        self, conn: UpstreamConnection, body: bytes, length: int, per_try_ticks: int = 0
+    ) -> UpstreamConnection:
+        """Send the request; returns when the head of the answer, or all of it, is there."""
         self.conn = conn
         if self.error is not None:
             raise self.error
@@ -210,7 +255,9 @@ class _Relay(Flight):
         conn.begin(head.to(conn.target) + body, head.method == b"HEAD")
         if length:
             self.body_sent = False
-            self._pump = asyncio.create_task(_send_body(self, conn, length))
+            self._pump = asyncio.create_task(send_body(self, conn, length, head.max_body))
+        elif per_try_ticks:
+            self.await_try(per_try_ticks)
         else:
             self.await_upstream()
         await conn.wait()
@@ -218,8 +265,19 @@ class _Relay(Flight):
             raise conn.error
         return conn
 
+    def give_back(self, conn: UpstreamConnection) -> None:
+        """Another connection is to be used."""
+        self.conn = None
+        self.deadline = 0
+        self._pool.release(conn)
+
     async def stream(
-        self, exchange: Exchange, headers: Sequence[Header], length: int, chunk: bytes
+        self,
+        exchange: Exchange,
+        headers: Sequence[Header],
+        length: int,
+        chunk: bytes,
+        tap: Tap | None,
     ) -> RelayResult:
         """Pass the body on piece by piece; the first one, maybe empty, is here already."""
         conn = self.conn
@@ -237,6 +295,8 @@ class _Relay(Flight):
                 if chunk:
                     exchange.write(chunk)
                     sent += len(chunk)
+                    if tap is not None:
+                        tap.piece(chunk)
                     if exchange.must_drain:
                         self.await_client_read()
                         self.blocked = task
@@ -244,12 +304,17 @@ class _Relay(Flight):
                         self.blocked = None
                 if last:
                     break
-                self.await_upstream()
+                self.await_more()
                 await conn.wait()
                 chunk = conn.take()
                 last = conn.complete  # read with the bytes: more may arrive while they are sent
+            trailers = conn.trailers
+            if self._pool.judge is not None:
+                self._pool.judge.ended(conn.endpoint, status)
             upstream_ms = self.finish()
-            exchange.end()
+            exchange.end(trailers)
+            if tap is not None:
+                tap.end()
             return RelayResult(status, self.bytes_in, sent, upstream_ms, Outcome.COMPLETE)
         except ExchangeError as error:
             return self._broken(exchange, status, sent, error)
@@ -265,6 +330,8 @@ class _Relay(Flight):
         self, exchange: Exchange, status: int, sent: int, error: ExchangeError
     ) -> RelayResult:
         exchange.abort()
+        if self._pool.judge is not None and self.conn is not None:
+            self._pool.judge.broke(self.conn.endpoint, error)
         gone = isinstance(error, ClientDisconnected)
         outcome = Outcome.CLIENT_GONE if gone else Outcome.BROKEN
         upstream_ms = self.finish()
@@ -290,85 +357,3 @@ class _Relay(Flight):
             pump.cancel()
         self._pool.release(conn)
         return (clock.monotonic() - self.began) * 1000
-
-
-async def _read_body(flight: Flight, length: int) -> tuple[bytes, bool]:
-    """The body, or the first `INLINE_BODY` bytes or more of it, framed as it is sent; and whether
-    that was all.
-
-    Raises:
-        RequestTimeout: it stopped arriving.
-        ClientDisconnected: the client went away before its end.
-        BadRequest: it is not framed as it should be.
-    """
-    exchange = flight.exchange
-    flight.blocked = task = asyncio.current_task()
-    chunks: list[bytes] = []
-    complete = False
-    try:
-        while flight.bytes_in < INLINE_BODY:
-            flight.await_client_body()
-            chunk = await exchange.read()
-            if not chunk:
-                complete = True
-                break
-            chunks.append(chunk)
-            flight.bytes_in += len(chunk)
-            if flight.bytes_in == length:
-                complete = True
-                break
-    except asyncio.CancelledError:
-        if flight.error is None or task is None:
-            raise
-        task.uncancel()
-        raise flight.error from None
-    finally:
-        flight.blocked = None
-        flight.deadline = 0
-    body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-    if length >= 0:
-        return body, complete
-    return (_framed(body) if body else b"") + (_LAST_CHUNK if complete else b""), complete
-
-
-async def _send_body(flight: Flight, conn: UpstreamConnection, length: int) -> None:
-    """Pump the rest of the request body, at the slower one's pace; `length` is -1 for chunked.
-
-    Ends without error when the connection is closed: the relay learns it from the connection.
-    """
-    exchange = flight.exchange
-    await _drained(flight, conn)
-    while not conn.closed:
-        flight.await_client_body()
-        try:
-            chunk = await exchange.read()
-        except ExchangeError as error:
-            flight.abort(error)
-            return
-        if not chunk:
-            break
-        flight.bytes_in += len(chunk)
-        conn.write(chunk if length >= 0 else _framed(chunk))
-        await _drained(flight, conn)
-        if flight.bytes_in == length:
-            break
-    if conn.closed:
-        return
-    if length < 0:
-        conn.write(_LAST_CHUNK)
-    elif flight.bytes_in != length:
-        # The parser frames the body, so this cannot be; if it were, the upstream must not wait.
-        flight.abort(BadRequest("the body does not have the announced length"))
-        return
-    flight.body_sent = True
-    flight.await_upstream()
-
-
-async def _drained(flight: Flight, conn: UpstreamConnection) -> None:
-    if conn.must_drain:
-        flight.await_upload()
-        await conn.drain()
-
-
-def _framed(chunk: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(chunk), chunk)

@@ -9,15 +9,18 @@ Host. `/a?` and `/a` leave alike, as `/a`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
+from core.rules import UNLIMITED
 from core.secrets import KEY_START
 from gateway.forwarded import TrustedProxies, forwarded_nodes
-from gateway.http.errors import BadRequest
+from gateway.http.errors import BadRequest, PayloadTooLarge
 from gateway.http.message import Header, Request
-from gateway.proxy.headers import HOP_BY_HOP, Target, connection_tokens
+from gateway.proxy.headers import HOP_BY_HOP, connection_tokens
+from gateway.proxy.rewrite import HOST_BYTES, Facts, HeaderEdits
+from gateway.proxy.target import Target
 
 _FORWARDED: Final = frozenset(
     (
@@ -45,12 +48,12 @@ _READ: Final = _FORWARDED | {
 # `expect` is answered here: 100 is sent when the body is first asked for.
 _DROPPED: Final = (HOP_BY_HOP | {b"expect", b"http2-settings"}) - _READ
 
-_KEY_START: Final = KEY_START.encode()
+_IDENTITY: Final = b"accept-encoding: identity\r\n"
 
-# RFC 3986's reg-name, IP-literal and port. No comma: X-Forwarded-Host is read as a list.
-_HOST_BYTES: Final = (
-    b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+;=%:[]"
-)
+# What a client may not say after its body, where some upstreams would take it for a header.
+NOT_IN_TRAILERS: Final = _READ | _DROPPED | {b"cookie", b"x-api-key"}
+
+_KEY_START: Final = KEY_START.encode()
 
 _PROTO: Final = {
     "http": b"x-forwarded-proto: http\r\n",
@@ -62,13 +65,19 @@ MAX_REQUEST_ID: Final = 128
 
 
 class RequestHead(NamedTuple):
-    """A compiled request. `body_length` is -1 when the length is unknown (chunked), 0 for none."""
+    """A compiled request. `body_length` is -1 when the length is unknown (chunked), 0 for none.
+
+    `host` is sent instead of the target's; `max_body` still has to be enforced where the length is
+    unknown.
+    """
 
     method: bytes
     path: bytes
     fields: bytes
     body_length: int
     request_id: bytes
+    host: bytes = b""
+    max_body: int = UNLIMITED
 
     def to(self, target: Target) -> bytes:
         """The head as sent to `target`, with the empty line that ends it."""
@@ -76,7 +85,7 @@ class RequestHead(NamedTuple):
             self.method,
             target.base if self.path != b"*" else b"",
             self.path,
-            target.authority,
+            self.host or target.authority,
             self.fields,
         )
 
@@ -85,38 +94,65 @@ class RequestRules:
     """How requests of one route are rewritten.
 
     Args:
-        strip_prefix: removed from the path, at a segment boundary; empty keeps the path.
+        path: what becomes of the path; None keeps it.
         drop_headers: names never forwarded, such as that of the field the API key was read from.
         key_headers: further names a key may be read from: a field of such a name is forwarded
             unless it holds a key, so that the upstream's own credentials pass beside ours.
         drop_query: query parameters (decoded names) never forwarded.
         key_query: query parameters forwarded unless they hold a key.
         trusted: peers whose X-Forwarded-* and Forwarded fields are believed and continued.
+        identity: the upstream is asked for bodies without compression, which are read here.
+        edits: fields that go and that come, as the route says.
+        route: its name.
+        host: sent as Host; empty is the target's, `preserve_host` the client's.
+        max_body: bytes a body may have.
     """
 
     __slots__ = (
         "_drop_query",
         "_dropped",
+        "_edits",
+        "_host",
+        "_identity",
         "_key_headers",
         "_key_query",
         "_last_host",
+        "_max_body",
+        "_path_edit",
+        "_preserve_host",
+        "_route",
         "_special",
-        "_strip",
         "_trusted",
     )
 
     def __init__(
         self,
         *,
-        strip_prefix: str = "",
+        path: Callable[[bytes], bytes] | None = None,
         drop_headers: Collection[bytes] = (),
         key_headers: Collection[bytes] = (),
         drop_query: Collection[str] = (),
         key_query: Collection[str] = (),
         trusted: TrustedProxies | None = None,
+        edits: HeaderEdits | None = None,
+        route: str = "",
+        host: str = "",
+        preserve_host: bool = False,
+        max_body: int = UNLIMITED,
+        identity: bool = False,
     ) -> None:
-        self._strip = strip_prefix.rstrip("/").encode()
+        if identity:
+            drop_headers = (*drop_headers, b"accept-encoding")
+        self._identity = [_IDENTITY] if identity else []
+        self._path_edit = path
+        self._edits = edits
+        self._route = route
+        self._host = host.encode()
+        self._preserve_host = preserve_host
+        self._max_body = max_body
         self._dropped = _DROPPED | frozenset(name.lower() for name in drop_headers)
+        if edits is not None:
+            self._dropped |= edits.dropped
         self._key_headers = frozenset(name.lower() for name in key_headers) - self._dropped
         self._special = _READ | self._dropped | self._key_headers
         self._drop_query = frozenset(name.encode() for name in drop_query)
@@ -124,16 +160,24 @@ class RequestRules:
         self._trusted = trusted or TrustedProxies(())
         self._last_host = b""  # the last one found good: checking costs more than comparing
 
-    def head(self, request: Request, request_id: bytes = b"") -> RequestHead:
+    def head(
+        self,
+        request: Request,
+        request_id: bytes = b"",
+        plan: str = "",
+        subscription: str = "",
+    ) -> RequestHead:
         """Compile the head of one request.
 
         `request_id` is sent as X-Request-Id unless the client sent a usable one, which is kept.
+        `plan` and `subscription` are for fields that name them.
 
         Raises:
             BadRequest: contradictory framing, not exactly one Host (RFC 9112 section 3.2), or
                 bytes that could end a field early.
+            PayloadTooLarge: it announces more of a body than the route allows.
         """
-        lines: list[bytes] = []
+        lines = self._identity.copy()
         special: list[Header] = []
         rules = self._special
         for pair in request.headers:
@@ -190,28 +234,33 @@ class RequestRules:
             )
         if request_id:
             lines.append(b"x-request-id: %b\r\n" % request_id)
-        body_length = _framing(lines, length, chunked) if length or chunked else 0
+        if self._edits is not None:
+            facts = Facts(request, request_id, self._trusted, self._route, plan, subscription)
+            lines += [b"%b: %b\r\n" % pair for pair in self._edits.fields.of(facts)]
+        body_length = 0
+        if length or chunked:
+            body_length = _framing(lines, length, chunked)
+            if body_length > self._max_body:
+                raise PayloadTooLarge(f"a body of {body_length} bytes")
         fields = b"".join(lines)
         # Each line brought one CR and one LF: any other came from inside a value.
         if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
             raise BadRequest("a header field contains a line break")
-        return RequestHead(
-            request.method.encode("ascii"),
-            self._path(request),
-            fields + b"\r\n",
-            body_length,
-            request_id,
-        )
+        method, path, fields = request.method.encode("ascii"), self._path(request), fields + b"\r\n"
+        if not body_length and not self._preserve_host:
+            return RequestHead(method, path, fields, 0, request_id, self._host)
+        to = host if self._preserve_host else self._host
+        return RequestHead(method, path, fields, body_length, request_id, to, self._max_body)
 
     def _check_host(self, host: bytes) -> None:
-        if host.translate(None, _HOST_BYTES):
+        if host.translate(None, HOST_BYTES):
             raise BadRequest("the value of Host is no host")
         self._last_host = host
 
     def _path(self, request: Request) -> bytes:
         raw = request.raw_path
-        if self._strip:
-            raw = strip_prefix(raw, self._strip)
+        if self._path_edit is not None:
+            raw = self._path_edit(raw)
         query = request.query
         if query and (self._drop_query or self._key_query):
             query = drop_parameters(query, self._drop_query, self._key_query)
@@ -251,38 +300,6 @@ def continued(forwarded: list[Header], peer: str, host: bytes, scheme: str) -> l
         node = f'"[{peer}]"' if ":" in peer else peer
         nodes.append(f"for={node};proto={scheme}".encode("ascii"))
     return [b"%b: %b\r\n" % (name, b", ".join(values)) for name, values in chain.items()]
-
-
-def strip_prefix(raw: bytes, prefix: bytes) -> bytes:
-    """`raw` without `prefix`, which is decoded and ends without a slash, at a segment boundary.
-
-    The rest keeps its spelling. A path that does not start with the prefix is returned unchanged.
-    """
-    if raw.startswith(prefix):
-        cut = len(prefix)
-    else:
-        cut = _encoded_cut(raw, prefix)
-        if cut < 0:
-            return raw
-    rest = raw[cut:]
-    if not rest:
-        return b"/"
-    return rest if rest[:1] == b"/" else raw
-
-
-def _encoded_cut(raw: bytes, prefix: bytes) -> int:
-    """How much of `raw` spells `prefix` when some of it is percent-encoded; -1 when none does."""
-    at = 0
-    for byte in prefix:
-        if raw[at : at + 1] == b"%":
-            if unquote_to_bytes(raw[at : at + 3]) != bytes((byte,)):
-                return -1
-            at += 3
-        elif raw[at : at + 1] == bytes((byte,)):
-            at += 1
-        else:
-            return -1
-    return at
 
 
 def drop_parameters(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from math import ceil
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from gateway.http.errors import ClientDisconnected, ExchangeError, RequestTimeout
 from gateway.http.exchange import Exchange
 from gateway.proxy.connection import UpstreamConnection
-from gateway.proxy.errors import ResponseTimeout
+from gateway.proxy.errors import IdleTimeout, ResponseTimeout, TotalTimeout
 
 TICK_S: Final = 0.05  # how late a time-out may be noticed
 ARM_AFTER: Final = 2  # ticks a request must last before it is looked at
@@ -34,12 +34,24 @@ def ticks(seconds: float) -> int:
 _READ_TICKS: Final = ticks(CLIENT_READ_S)
 
 
+class Limits(NamedTuple):
+    """Time-outs of an upstream, in ticks; `total` is 0 where there is none."""
+
+    response: int
+    idle: int
+    total: int
+
+
+class _TryTimeout(ResponseTimeout):
+    """Of one try: the relay goes on."""
+
+
 class Flight:
     """One relayed request, as the watch sees it: whom it waits for, and how to end it."""
 
     __slots__ = (
         "_late",
-        "_response_ticks",
+        "_limits",
         "_watch",
         "blocked",
         "body_sent",
@@ -51,9 +63,9 @@ class Flight:
         "started",
     )
 
-    def __init__(self, watch: Watch, exchange: Exchange, response_ticks: int) -> None:
+    def __init__(self, watch: Watch, exchange: Exchange, limits: Limits) -> None:
         self._watch = watch
-        self._response_ticks = response_ticks
+        self._limits = limits
         self._late: type[ExchangeError] = ResponseTimeout
         self.exchange = exchange
         self.started = 0
@@ -67,10 +79,21 @@ class Flight:
         exchange.on_gone = self.client_gone
 
     def await_upstream(self) -> None:
-        """The upstream has `response_timeout` from now to show a sign of life."""
+        """The upstream has its response time-out from now to begin its answer."""
         if self.body_sent:
-            self.deadline = self._watch.tick + self._response_ticks
+            self.deadline = self._watch.tick + self._limits.response
             self._late = ResponseTimeout
+
+    def await_try(self, per_try_ticks: int) -> None:
+        """The same for a try that may be followed by another."""
+        self.deadline = self._watch.tick + per_try_ticks
+        self._late = _TryTimeout
+
+    def await_more(self) -> None:
+        """The upstream has its idle time-out from now for the next piece of its answer."""
+        if self.body_sent:
+            self.deadline = self._watch.tick + self._limits.idle
+            self._late = IdleTimeout
 
     def await_client_body(self) -> None:
         self.deadline = self._watch.tick + self._watch.body_ticks
@@ -82,7 +105,7 @@ class Flight:
 
     def await_upload(self) -> None:
         """The upstream does not take the body it is sent."""
-        self.deadline = self._watch.tick + self._response_ticks
+        self.deadline = self._watch.tick + self._limits.response
         self._late = ResponseTimeout
 
     def abort(self, error: ExchangeError) -> None:
@@ -97,7 +120,18 @@ class Flight:
             self.blocked.cancel()
 
     def expire(self) -> None:
-        self.abort(self._late(_LATE[self._late]))
+        if self._late is _TryTimeout and self.conn is not None:
+            self.deadline = 0
+            self.conn.fail(ResponseTimeout(_LATE[ResponseTimeout]))
+        else:
+            self.abort(self._late(_LATE[self._late]))
+
+    def overdue(self, tick: int) -> bool:
+        """Whether the total time-out has passed."""
+        return 0 < self._limits.total <= tick - self.started
+
+    def expire_total(self) -> None:
+        self.abort(TotalTimeout("the request took longer than it may in total"))
 
     def client_gone(self) -> None:
         self.abort(ClientDisconnected("the client closed the connection"))
@@ -105,6 +139,8 @@ class Flight:
 
 _LATE: Final[dict[type[ExchangeError], str]] = {
     ResponseTimeout: "the upstream did not answer in time",
+    IdleTimeout: "the upstream stopped in the middle of its answer",
+    _TryTimeout: "the upstream did not answer in time",
     RequestTimeout: "the request body stopped arriving",
     ClientDisconnected: "the client stopped reading",
 }
@@ -149,6 +185,9 @@ class Watch:
         for flight in tuple(self._flights):
             if flight.started > tick - ARM_AFTER:
                 break  # all that follow are younger
+            if flight.overdue(tick):
+                flight.expire_total()
+                continue
             if flight.conn is not None and flight.conn.gather_no_more():
                 continue
             if flight.deadline and tick >= flight.deadline:

@@ -1,16 +1,19 @@
 -- What an admitted check leaves behind beside its counts: a reservation, or a usage event.
 
 -- Remembers what a check charged until it is settled: `expiry admitted`, then for each meter its name,
--- the cost, start of period and hour, and where overage begins (-1: nowhere). `s.reserved` are field,
--- text pairs of the state; `due` expiry, member pairs of the shard's sorted set.
+-- the cost, start of period and hour, and where overage begins (-1: nowhere). A cost is `cost/keep` where
+-- some of it stays charged when nobody settles it. `s.reserved` are field, text pairs of the state; `due`
+-- expiry, member pairs of the shard's sorted set.
 local function reserve(due, s, id, caps, now)
   local program = s.program
   local expiry = now + program.reserve
   local text = string.format('%d %d', expiry, now)
   for k, m in ipairs(s.meters) do
     local row = program.meters[k]
-    text = text .. string.format(' %s %d %d %d %d', row[1], row[3] == 1 and row[2] or 0, m.from,
-      m.hour, caps[k] or -1)
+    local cost = string.format('%d', row[3] == 1 and row[2] or 0)
+    local keep = program.keep and program.keep[k] or 0
+    if keep > 0 then cost = string.format('%s/%d', cost, keep) end
+    text = text .. string.format(' %s %s %d %d %d', row[1], cost, m.from, m.hour, caps[k] or -1)
   end
   s.reserved = s.reserved or {}
   local n = #s.reserved

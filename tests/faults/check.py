@@ -17,6 +17,10 @@ What one request may have charged, by its answer (`charges`):
     none, the upstream served it as paid for     0 or 1: it may have been passed on
     none otherwise, and 503                      0: what waits for an answer is taken back
 
+Where the answer says what it cost, that is what 1 stands for; or the estimate, which is less, when
+there was no answer, or its worker may have been killed, or its reservation lost, before it was
+settled.
+
 For each subscription and meter, with low and high the sums of that times the route's cost:
 
   faults of the round                            must hold
@@ -97,6 +101,7 @@ class _Check:
         self.round = round_
         self.switches = round_.switches
         self.served = dict(round_.served)
+        self.losses = round_.losses
         self.lost_at = max((loss.end for loss in round_.losses), default=None)
         self.faults = {row.fault for row in round_.faults}
         self.bounds: dict[tuple[str, str], _Bounds] = defaultdict(_Bounds)
@@ -112,16 +117,19 @@ class _Check:
         late = REDIS_TIMEOUT_S + 1 if request.status in (0, 503) else 0.001
         first = self.round.wall_ms(request.start - 0.001) // _HOUR_MS
         last = self.round.wall_ms(request.end + late) // _HOUR_MS
-        for meter, cost in route_of(request.path).costs.items():
+        route = route_of(request.path)
+        for meter, cost in route.costs.items():
             bounds = self.bounds[request.subject, meter]
-            bounds.low += least * cost
+            settled = request.status == 200 and not (self.faults & KILLS_GATEWAYS or self.losses)
+            lowest = cost if settled else route.estimates.get(meter, cost)
+            bounds.low += least * lowest
             bounds.high += most * cost
-            bounds.low_after += least * cost if after else 0
+            bounds.low_after += least * lowest if after else 0
             bounds.momentary += cost if momentary(request, self.switches) else 0
             for hour in range(first, last + 1):
                 bounds.hours[hour * _HOUR_MS][1] += most * cost
                 if first == last:
-                    bounds.hours[hour * _HOUR_MS][0] += least * cost
+                    bounds.hours[hour * _HOUR_MS][0] += least * lowest
 
     # Answers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 REDIS_TIMEOUT_S = 0.25
@@ -36,12 +36,19 @@ Charge = Literal["on_admit", "on_response", "2xx"]
 
 @dataclass(frozen=True)
 class Route:
-    """`costs` by meter."""
+    """`costs` by meter; what `estimates` has is charged until the answer says what it cost."""
 
     prefix: str
     costs: Mapping[str, int]
     charge: Charge = "on_admit"
     more: str = ""
+    estimates: Mapping[str, int] = field(default_factory=dict)
+
+    def meter(self, name: str) -> str:
+        """A meter as the configuration has it."""
+        if name in self.estimates:
+            return f"{name}: {{estimate: {self.estimates[name]}, from: {{header: x-usage-cost}}}}"
+        return f"{name}: {self.costs[name]}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,8 @@ ROUTES = {
     "light": Route("/light/", {"requests": 1, "credits": 2}),
     "answered": Route("/answered/", {"requests": 1}, "on_response", "charge: on_response"),
     "paid": Route("/paid/", {"requests": 1, "credits": 3}, "2xx", 'charge: {status: ["2xx"]}'),
+    # it costs more than was estimated, so that no total ever falls
+    "metered": Route("/metered/", {"requests": 1, "credits": 4}, estimates={"credits": 1}),
     "open": Route("/open/", {"requests": 1}, more="outage: open"),
     "local": Route("/local/", {"requests": 1}, more="outage: local"),
     "api": Route("/api/", {"requests": 1}),
@@ -130,6 +139,7 @@ TRAFFIC = (
     Traffic("wide", ("/api/x", "/heavy/x", "/light/x", "/api/slow?ms=5"), 12),
     Traffic("wide", ("/answered/x", "/answered/status?code=500", "/answered/slow?ms=10"), 8),
     Traffic("wide", ("/paid/x", "/paid/status?code=500", "/paid/slow?ms=10"), 8),
+    Traffic("wide", ("/metered/costs?is=4",), 8),
     Traffic("wide", ("/open/x",), 6, "spool"),
     Traffic("wide", ("/local/x",), 6, "spool"),
 )
@@ -155,7 +165,7 @@ def config(switches: Switches) -> str:
     spool = '  outage: {spool_dir: "${SPOOL_DIR}", instances: 2}\n' if switches.spool else ""
     routes = "".join(
         f"  - {{match: {{path: {route.prefix}*}}, upstream: api, meters: "
-        f"{{{', '.join(f'{meter}: {cost}' for meter, cost in route.costs.items())}}}"
+        f"{{{', '.join(map(route.meter, route.costs))}}}"
         f"{', ' + route.more if route.more else ''}}}\n"
         for route in ROUTES.values()
         if switches.spool or not route.more.startswith("outage")

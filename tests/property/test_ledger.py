@@ -161,6 +161,20 @@ def servers(valkey: str, database: str) -> Iterator[Servers]:
     ],
     start=STARTS[3],
 )
+@example(  # read, and stored only after a later flush and a foreign claim: it is older than the
+    # ledger, although it cost nothing to become so, and the live state is not
+    meters=SUMS,
+    pool=[[quota("billing", 0, thresholds=())]],
+    walk=[
+        Step(costs=((0, 0),)),
+        Flush(store=False),
+        Step(costs=((0, 0),)),
+        Flush(),
+        CLAIM,
+        Step(costs=((0, 1),)),
+    ],
+    start=STARTS[0],
+)
 @example(  # a new configuration counts other calendars, before and after a loss
     meters=PEAKS,
     pool=[[quota("billing", 9)], [quota("monthly", 5), quota("yearly", 9), quota("daily", 4)]],

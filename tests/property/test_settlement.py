@@ -59,15 +59,22 @@ class TornStore(ControlledStore):
 
 @dataclass
 class Held:
-    """A reservation: what it counted, and whether that counts now."""
+    """A reservation: what it counts for now, what it reserved, and what stays if it expires."""
 
     id: str
     period: tuple[int, int]
     hour: int
-    credits: int
-    counts: bool = True
+    cost: dict[str, int]
+    keep: dict[str, int]
+    counted: dict[str, int]
+    expired: bool = False
     known: bool = True  # neither settled nor forgotten
     expiry: int = 0
+
+    def progress(self, credit: int) -> None:
+        self.keep["credits"] = max(self.keep["credits"], credit)
+        self.cost["credits"] = max(self.cost["credits"], self.keep["credits"])
+        self.counted = dict(self.keep if self.expired else self.cost)
 
 
 @dataclass
@@ -93,7 +100,8 @@ class Walk:
         self.now_ms = now_ms
         self.servers.scripts.at(now_ms * 1000 + 7)
 
-    async def admit(self, credit: int) -> None:
+    async def admit(self, credit: int, kept: int = 0) -> None:
+        """`kept` credits stay charged when it expires, and the request then too."""
         name, scripts = f"r{len(self.held)}", self.servers.scripts
         program = compile_program(
             PLAN,
@@ -101,6 +109,7 @@ class Walk:
             METERS,
             calendar_use([PLAN]),
             reserve_ms=RESERVE_MS,
+            keep={"requests": 1, "credits": kept} if kept else None,
         )
         period = billing_period(START_MS, 1, self.now_ms)
         for _ in range(3):
@@ -114,28 +123,35 @@ class Walk:
         assert outcome.admitted
         hour = self.now_ms - self.now_ms % HOUR_MS
         expiry = self.now_ms + RESERVE_MS
-        self.held.append(Held(name, period, hour, credit, expiry=expiry))
+        cost = {"requests": 1, "credits": credit}
+        keep = {"requests": 1 if kept else 0, "credits": kept}
+        self.held.append(Held(name, period, hour, cost, keep, dict(cost), expiry=expiry))
 
-    async def settle(self, kind: Kind, index: int) -> None:
+    async def settle(self, kind: Kind, index: int, credit: int = 0) -> None:
+        """`credit` is what a cost, or progress, says."""
         if not self.held:
             return
         held = self.held[index % len(self.held)]
-        changes = (Change("credits", held.credits + 2, 0, 0, 0),) if kind is Kind.COST else ()
-        ms = RESERVE_MS if kind is Kind.RENEW else self.now_ms
+        told = kind in (Kind.COST, Kind.PROGRESS)
+        changes = (Change("credits", credit, 0, 0, 0),) if told else ()
+        ms = RESERVE_MS if kind in (Kind.RENEW, Kind.PROGRESS) else self.now_ms
         found = await self.settlement.settle(
             [Operation(kind, self.subject, held.id, changes, ms)], RUN
         )
+        if kind in (Kind.RENEW, Kind.PROGRESS) and held.known and not held.expired:
+            held.expiry = self.now_ms + RESERVE_MS
         if kind is Kind.RENEW:
-            if held.known and held.counts:
-                held.expiry = self.now_ms + RESERVE_MS
             return
         assert found == [Settled.DONE if held.known else Settled.GONE]
         if not held.known:
             return
+        if kind is Kind.PROGRESS:
+            held.progress(credit)
+            return
         held.known = False
-        held.counts = kind is not Kind.REFUND
+        held.counted = {} if kind is Kind.REFUND else dict(held.cost)
         if kind is Kind.COST:
-            held.credits += 2
+            held.counted["credits"] = credit
 
     async def expire(self) -> None:
         """What the reconciler does with what is due."""
@@ -149,10 +165,11 @@ class Walk:
             )
         for held in self.held:
             if held.id in names and held.known:
-                if not held.counts:
+                if held.expired:
                     held.known = False  # its tombstone is gone
                 elif held.expiry <= self.now_ms:
-                    held.counts = False
+                    held.expired = True
+                    held.counted = dict(held.keep)
 
     async def adjust(self, back: int, units: int, again: bool) -> None:
         at = self.now_ms - back
@@ -175,9 +192,8 @@ class Walk:
     def expected(self) -> dict[str, Counter[tuple[int, int]]]:
         requests, credit = Counter(self.adjusted), Counter[tuple[int, int]]()
         for held in self.held:
-            if held.counts:
-                requests[held.period[0], held.hour] += 1
-                credit[held.period[0], held.hour] += held.credits
+            requests[held.period[0], held.hour] += held.counted.get("requests", 0)
+            credit[held.period[0], held.hour] += held.counted.get("credits", 0)
         return {"requests": requests, "credits": credit}
 
     async def compare(self) -> None:
@@ -247,14 +263,14 @@ def walk_of(servers: Servers) -> Walk:
     return walk
 
 
-kinds = st.sampled_from([Kind.CONFIRM, Kind.REFUND, Kind.COST, Kind.RENEW])
-settles = st.tuples(st.just("settle"), kinds, st.integers(0, 20))
+kinds = st.sampled_from([Kind.CONFIRM, Kind.REFUND, Kind.COST, Kind.RENEW, Kind.PROGRESS])
+settles = st.tuples(st.just("settle"), kinds, st.integers(0, 20), st.integers(0, 9))
 backs = st.sampled_from([0, 5_000, HOUR_MS, 2 * HOUR_MS, DAY_MS, 20 * DAY_MS])
 adjusts = st.tuples(st.just("adjust"), backs, st.integers(1, 9), st.booleans())
 gaps = st.sampled_from([0, 1_000, RESERVE_MS, RESERVE_MS, HOUR_MS, HOUR_MS, DAY_MS, 28 * DAY_MS])
 moves = st.one_of(
     st.tuples(st.just("admit"), st.integers(1, 5)),
-    st.tuples(st.just("admit"), st.integers(1, 5)),
+    st.tuples(st.just("admit"), st.integers(1, 5), st.integers(0, 7)),
     settles,
     settles,
     adjusts,
@@ -309,6 +325,21 @@ async def go(walk: Walk, steps: list[tuple[object, ...]]) -> None:
         ("flush",),
         ("settle", Kind.CONFIRM, 0),
         ("settle", Kind.CONFIRM, 0),
+    ]
+)
+@example(  # cut off while it streamed: what was told is kept, and its real cost corrects that
+    steps=[
+        ("admit", 2, 1),
+        ("settle", Kind.PROGRESS, 0, 7),
+        ("settle", Kind.PROGRESS, 0, 3),
+        ("wait", RESERVE_MS),
+        ("expire",),
+        ("flush",),
+        ("wait", 28 * DAY_MS),
+        ("admit", 1),
+        ("flush",),
+        ("settle", Kind.PROGRESS, 0, 8),
+        ("settle", Kind.COST, 0, 5),
     ]
 )
 @example(  # counted late, in an hour that was never there, and in one that was dropped

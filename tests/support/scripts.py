@@ -176,6 +176,7 @@ class Scripts:
     ) -> list[int]:
         """Operations of (kind, subject, id, numbers...); see core.admission.settlement."""
         keys = [self.keyspace.dirty(0), self.keyspace.due(0), self.keyspace.sender(0, sender)]
+        keys.append(self.keyspace.events(0))
         arguments: list[str | int] = [run, number]
         for kind, subject, name, *numbers in operations:
             keys.append(self.keyspace.state(subject))

@@ -6,7 +6,10 @@
     GET /-/seen          JSON: `served` and `peak` (most at once) by X-Who and path, `in_flight`
     GET /-/release       answers everything that is held
     GET /…/named         names itself in the Server field
+    GET /…/costs?is=N    says that it cost N, in X-Usage-Cost
+    GET /…/opened        has CORS fields of its own
     *   /…/status?code=N answers with this status
+    *   /…/flaky?times=N 503 to the first N requests under this X-Who, then 200
     *   anything else    200, a few bytes
 
 A request is counted when it arrives, under `<X-Who> <path>`. With a JOURNAL its X-Request-Id and
@@ -28,6 +31,11 @@ import httptools
 import uvloop
 
 _OK = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 3\r\n\r\nok\n"
+
+_CORS = (
+    b"\r\naccess-control-allow-origin: *\r\naccess-control-expose-headers: x-own\r\n"
+    b"x-own: 1\r\nx-powered-by: upstream\r\nvary: accept\r\n"
+)
 
 served: Counter[str] = Counter()
 now: Counter[str] = Counter()
@@ -73,6 +81,8 @@ class Upstream(asyncio.Protocol):
         name = f"{who} {path}"
         served[name] += 1
         code = int(parse_qs(query)["code"][0]) if path.endswith("/status") else 200
+        if path.endswith("/flaky") and served[name] <= int(parse_qs(query)["times"][0]):
+            code = 503
         if journal >= 0:
             sent = next((value for name, value in self.headers if name == "x-request-id"), "-")
             os.write(journal, f"{sent} {code}\n".encode())
@@ -85,6 +95,11 @@ class Upstream(asyncio.Protocol):
             self._later(name, asyncio.ensure_future(asyncio.sleep(delay)))
         elif path.endswith("/named"):
             self.transport.write(_OK.replace(b"\r\n", b"\r\nserver: upstream\r\n", 1))
+        elif path.endswith("/costs"):
+            cost = b"\r\nx-usage-cost: %b\r\n" % query.removeprefix("is=").encode()
+            self.transport.write(_OK.replace(b"\r\n", cost, 1))
+        elif path.endswith("/opened"):
+            self.transport.write(_OK.replace(b"\r\n", _CORS, 1))
         elif path.endswith("/echo"):
             self._json({"path": path, "query": query, "headers": self.headers})
         elif code != 200:

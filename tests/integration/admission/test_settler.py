@@ -80,7 +80,8 @@ def test_a_stalled_server_charges_nothing_later(database: str, server_dir: Path)
             sending = s.settler._confirms.sending
             assert sending is not None
             await sending
-            assert "v:id-s" in await state(s, "s")  # it will expire
+            found = await state(s, "s")  # not confirmed: it is refunded, or was meanwhile
+            assert "v:id-s" in found or found["m:requests"].startswith("0 ")
 
     with EmbeddedValkey(server_dir / "v", port=free_port()) as server:
         asyncio.run(main(server))

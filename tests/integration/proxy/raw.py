@@ -21,6 +21,7 @@ class Request:
     path: str
     headers: list[tuple[str, str]]
     body: bytes = b""
+    trailers: list[tuple[str, str]] = field(default_factory=list)
 
     def get(self, name: str) -> list[str]:
         return [value for key, value in self.headers if key == name]
@@ -53,7 +54,9 @@ class Peer:
             while size := int(await self.reader.readuntil(CRLF), 16):
                 request.body += await self.reader.readexactly(size)
                 await self.reader.readexactly(2)
-            await self.reader.readexactly(2)
+            while (line := await self.reader.readuntil(CRLF)) != CRLF:
+                name, _, value = line.decode("latin-1").strip().partition(": ")
+                request.trailers.append((name, value))
         elif length := request.get("content-length"):
             request.body = await self.reader.readexactly(int(length[0]))
         return request

@@ -18,6 +18,7 @@ import psutil
 import uvloop
 
 from core.policy import Upstream
+from core.rules import UNLIMITED
 from gateway.forwarded import TrustedProxies
 from gateway.http.errors import ClientDisconnected, ExchangeError
 from gateway.http.exchange import Exchange
@@ -26,6 +27,7 @@ from gateway.proxy import watch
 from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.relay import relay
 from gateway.proxy.request import RequestRules
+from gateway.proxy.rewrite import path_edit
 
 EXTRA = [(b"x-tallygate", b"yes")]
 DROP = frozenset((b"x-drop-me",))
@@ -45,9 +47,10 @@ class App:
             )
         )
         self.rules = RequestRules(
-            strip_prefix=env.get("STRIP_PREFIX", ""),
+            path=path_edit(env.get("STRIP_PREFIX", "")),
             drop_headers=(b"x-api-key",),
             drop_query=("api_key",),
+            max_body=int(env.get("MAX_BODY", UNLIMITED)),
             trusted=TrustedProxies(filter(None, env.get("TRUSTED", "").split(","))),
         )
         self.outcomes: Counter[str] = Counter()

@@ -210,9 +210,10 @@ async def test_headers_keep_order_and_duplicates_hop_by_hop_go(gateway: GatewayF
 @on_loop
 async def test_chunked_requests_stay_chunked(gateway: GatewayFactory) -> None:
     seen: list[Request] = []
+    trailers = b"x-trailer: 1\r\nx-forwarded-for: 10.0.0.1\r\nhost: elsewhere\r\n\r\n"
     async with gateway(answering(ok(), requests=seen)) as relay, relay.client() as client:
         await client.send(client.head("POST /x", "Transfer-Encoding: chunked"))
-        for piece in (b"3\r\nabc\r\n", b"4\r\ndefg\r\n", b"0\r\nx-trailer: 1\r\n\r\n"):
+        for piece in (b"3\r\nabc\r\n", b"4\r\ndefg\r\n", b"0\r\n" + trailers):
             await client.send(piece)
         answer = await client.answer()
         again = await client.ask("GET /y")
@@ -220,6 +221,7 @@ async def test_chunked_requests_stay_chunked(gateway: GatewayFactory) -> None:
     assert (answer.status, again.status) == (200, 200)
     assert seen[0].body == b"abcdefg"
     assert seen[0].get("transfer-encoding") == ["chunked"]
+    assert seen[0].trailers == [("x-trailer", "1")]
     assert relay.upstream.connections == 1
 
 
@@ -304,3 +306,19 @@ async def test_an_answer_in_single_bytes(answer: bytes, gateway: GatewayFactory)
     async with gateway(split(answer)) as relay, relay.client() as client:
         assert (await client.ask("GET /x")).body == b"hello"
         assert (await client.ask("GET /x")).body == b"hello"
+
+
+@on_loop
+async def test_trailers_of_an_answer_are_passed_on(gateway: GatewayFactory) -> None:
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n"
+    body = b"2\r\nok\r\n0\r\nx-sum: 7\r\nset-cookie: a=1\r\n\r\n"
+    async with gateway(answering(head + body)) as relay, relay.client() as client:
+        for _ in range(2):
+            await client.send(client.head("GET /x"))
+            answer = await client.answer_head()
+            raw = await client.reader.readuntil(b"0\r\n")
+            ended = await client.reader.readuntil(b"\r\n\r\n")
+            assert answer.get("transfer-encoding") == ["chunked"]
+            assert b"2\r\nok\r\n" in raw
+            assert ended == b"x-sum: 7\r\n\r\n"
+    assert relay.upstream.connections == 1

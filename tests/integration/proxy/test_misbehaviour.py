@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.proxy.relay import INLINE_BODY
+from gateway.proxy.body import INLINE_BODY
 from tests.integration.proxy.conftest import GatewayFactory
 from tests.integration.proxy.raw import Peer, Request, answering, ok, on_loop
 from tests.support.wait import free_port, wait_until_async

@@ -44,6 +44,8 @@ EVERY: dict[str, tuple[Callable[[], Problem], int]] = {
     "bad-request": (lambda: problems.bad_request("Both lengths.", request_id=RID), 400),
     "request-timeout": (lambda: problems.request_timeout(request_id=RID), 408),
     "upstream-busy": (lambda: problems.upstream_busy(1, request_id=RID), 503),
+    "upstream-unavailable": (
+        lambda: problems.upstream_unavailable(5, request_id=RID, code="upstream-resting"), 503),
     "bad-gateway": (lambda: problems.bad_gateway(request_id=RID), 502),
     "gateway-timeout": (lambda: problems.gateway_timeout(30_000, request_id=RID), 504),
     "internal-error": (lambda: problems.internal_error(request_id=RID), 500),

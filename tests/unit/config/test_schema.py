@@ -36,6 +36,11 @@ def test_the_shipped_config_fits_the_schema(validator: Draft202012Validator) -> 
         'log: {level: "${LEVEL:-info}"}',
         "plans: {a: {limits: {x: {rate: 100/10s}, y: {window: 1d, limit: 1_000}}}}",
         'plans: {a: {limits: {x: {period: day, limit: "10_000", thresholds: [0.8, 90]}}}}',
+        "gateway: {client: {max_body: unlimited}}",
+        'routes: [{match: {path: /a}, upstream: a, max_body: 5 MiB, host: "${HOST}"}]',
+        "routes: [{match: {path: /a}, respond: {status: 503, headers: {retry-after: 60}}}]",
+        "routes: [{match: {path: /a}, upstream: a, cors: {origins: ['*'], max_age: 1h}}]",
+        "routes: [{match: {path: /a/*}, upstream: a, rewrite: {from: '/a/{b}', to: '/{b}'}}]",
     ],
 )
 def test_human_spellings_fit(validator: Draft202012Validator, text: str) -> None:
@@ -54,6 +59,9 @@ def test_human_spellings_fit(validator: Draft202012Validator, text: str) -> None
         "plans: {a: {limits: {x: {window: 1d, limit: -5}}}}",
         "plans: {A: {unlimited: true}}",
         "routes: [{match: {path: /a}}]",
+        "routes: [{match: {path: /a}, upstream: a, respond: {status: 503}}]",
+        "routes: [{match: {path: /a}, respond: {status: 100}}]",
+        "routes: [{match: {path: /a}, upstream: a, cors: {}}]",
     ],
 )
 def test_mistakes_do_not(validator: Draft202012Validator, text: str) -> None:

@@ -9,8 +9,10 @@ import pytest
 from gateway.forwarded import TrustedProxies
 from gateway.http.errors import BadRequest
 from gateway.http.message import Request
-from gateway.proxy.headers import check_headers, connection_tokens, parse_target
-from gateway.proxy.request import RequestRules, drop_parameters, strip_prefix
+from gateway.proxy.headers import check_headers, connection_tokens
+from gateway.proxy.request import RequestRules, drop_parameters
+from gateway.proxy.rewrite import strip_prefix
+from gateway.proxy.target import parse_target
 
 
 def request(
@@ -290,13 +292,22 @@ def test_options_asterisk_has_no_base() -> None:
 
 @pytest.mark.parametrize(
     ("url", "authority"),
-    [("http://h", b"h"), ("http://h:80/", b"h"), ("http://[::1]:81", b"[::1]:81")],
+    [
+        ("http://h", b"h"),
+        ("http://h:80/", b"h"),
+        ("http://[::1]:81", b"[::1]:81"),
+        ("https://h", b"h"),
+        ("https://h:80", b"h:80"),
+        ("unix:///run/a.sock", b"localhost"),
+    ],
 )
 def test_targets(url: str, authority: bytes) -> None:
     assert parse_target(url).authority == authority
 
 
-@pytest.mark.parametrize("url", ["https://h", "h:80", "http://", "http://u@h", "http://h/?q"])
+@pytest.mark.parametrize(
+    "url", ["ftp://h", "h:80", "http://", "http://u@h", "http://h/?q", "unix://a/b", "unix:a"]
+)
 def test_unusable_targets(url: str) -> None:
     with pytest.raises(ValueError, match="upstream URL"):
         parse_target(url)

@@ -7,7 +7,7 @@ import asyncio
 from gateway.http.errors import ClientDisconnected, RequestTimeout
 from gateway.http.message import Request
 from gateway.proxy import watch
-from gateway.proxy.watch import TICK_S, Flight
+from gateway.proxy.watch import TICK_S, Flight, Limits
 from tests.support.exchange import RecordingExchange
 
 
@@ -20,7 +20,7 @@ def test_a_client_that_goes_ends_its_flight_only_while_there_is_one() -> None:
     async def run() -> None:
         watcher = watch.Watch(asyncio.get_running_loop())
         exchange = RecordingExchange(Request("GET", b"/", []))
-        flight = Flight(watcher, exchange, 10)
+        flight = Flight(watcher, exchange, Limits(10, 10, 0))
         watcher.add(flight)
         assert exchange.on_gone is not None
         exchange.on_gone()
@@ -36,7 +36,9 @@ def test_who_is_waited_for_decides_what_a_time_out_is() -> None:
     async def run() -> None:
         watcher = watch.Watch(asyncio.get_running_loop())
         watcher.body_ticks = 1
-        flight = Flight(watcher, RecordingExchange(Request("POST", b"/", [])), 1_000)
+        flight = Flight(
+            watcher, RecordingExchange(Request("POST", b"/", [])), Limits(1_000, 1_000, 0)
+        )
         watcher.add(flight)
         flight.await_client_body()
         async with asyncio.timeout(5):
