@@ -88,6 +88,24 @@ class Metrics:
         self.client_connections = _gauge(
             "client_connections", "Connections of clients that are open.", "livesum"
         )
+        self.client_events = _counter(
+            "client_events_total",
+            "Connections of clients that were ended early: tls_timeout, tls_refused (no common "
+            "version, or no certificate of a client), tls_closed, h2_protocol, h2_resets, "
+            "h2_flood, h2_headers, h2_continuations; and grpc, calls answered as unimplemented.",
+            "kind",
+        )
+        self.certificate_expiry = _gauge(
+            "certificate_expiry_timestamp_seconds",
+            "When a certificate that is shown to clients ends, in seconds since 1970, by file.",
+            "livemin",
+            "file",
+        )
+        self.certificate_reloads = _counter(
+            "certificate_reloads_total",
+            "Certificates read again: applied, or refused and the ones before kept.",
+            "result",
+        )
         self.admission_seconds = _histogram(
             "admission_seconds",
             "Time a request waited for its decision, batching and Redis included.",

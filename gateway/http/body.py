@@ -57,6 +57,8 @@ class Body:
         self._wake()
 
     def finish(self) -> None:
+        if self._error is not None:
+            return
         self.complete = True
         if self._paused:
             self._paused = False

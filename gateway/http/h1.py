@@ -21,6 +21,7 @@ from httptools import (
     HttpRequestParser,
 )
 
+from gateway.http.base import Connection, descriptor
 from gateway.http.body import Body
 from gateway.http.errors import BadRequest, ClientDisconnected
 from gateway.http.exchange import Exchange, Tunnel
@@ -62,8 +63,8 @@ _METHODS: Final = {
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
-class ClientConnection(asyncio.Protocol):
-    """`deadline` is in the server's ticks; 0 while nothing is expected of the client."""
+class ClientConnection(Connection):
+    """One connection, and the requests on it one after the other."""
 
     __slots__ = (
         "_active",
@@ -91,7 +92,6 @@ class ClientConnection(asyncio.Protocol):
         "_transport",
         "_upgrade",
         "_write_paused",
-        "deadline",
         "parser",
         "peer",
         "scheme",
@@ -494,14 +494,15 @@ class ClientConnection(asyncio.Protocol):
         return self._active is None and not self._in_head
 
     @property
-    def task(self) -> asyncio.Task[None] | None:
-        """That of the request being answered."""
-        return None if self._active is None else self._active.task
+    def tasks(self) -> Sequence[asyncio.Task[None]]:
+        task = None if self._active is None else self._active.task
+        return () if task is None else (task,)
+
+    def leave(self) -> None:
+        """Nothing to do: the next answer says that it is the last."""
 
     def fileno(self) -> int:
-        """The socket's descriptor; -1 once it is closed."""
-        sock = None if self._transport is None else self._transport.get_extra_info("socket")
-        return -1 if sock is None else int(sock.fileno())
+        return descriptor(self._transport)
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -674,11 +675,18 @@ class Http1Exchange(Exchange):
             return
         self.ended = True
         if self._chunked:
-            fields = b"".join(b"%b: %b\r\n" % pair for pair in trailers)
-            if fields.count(b"\n") != len(trailers):
-                fields = b""
+            fields = b""
+            if trailers and self._takes_trailers():
+                fields = b"".join(b"%b: %b\r\n" % pair for pair in trailers)
+                if fields.count(b"\n") != len(trailers):
+                    fields = b""
             self._conn.write(b"0\r\n%b\r\n" % fields)
         self._conn.finished(self)
+
+    def _takes_trailers(self) -> bool:
+        """RFC 9110 section 6.5.1: the client said so, or they might be lost or misread."""
+        return any(name == b"te" and b"trailers" in value.lower()
+                   for name, value in self.request.headers)  # fmt: skip
 
     def inform(self, status: int, headers: Sequence[Header]) -> None:
         if not self.started and not self.gone and self.request.version == "1.1":

@@ -244,6 +244,8 @@ class RequestRules:
             facts = Facts(request, request_id, self._trusted, self._route, plan, subscription)
             lines += [b"%b: %b\r\n" % pair for pair in self._edits.fields.of(facts)]
         body_length = 0
+        if request.body_length < 0:
+            chunked = True  # over HTTP/2 no field says so
         if length or chunked:
             body_length = _framing(lines, length, chunked)
             if body_length > self._max_body:
