@@ -83,9 +83,10 @@ $(VENV)/run.stamp: $(VENV)/created.stamp requirements/run.txt pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt
+$(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt requirements/httpbin.txt
 	@echo "installing the development tools into $(VENV)"
 	@$(PIP) --require-hashes -r requirements/dev.txt
+	@$(PIP) --require-hashes --no-deps -r requirements/httpbin.txt
 	@touch $@
 
 # What cannot be installed is left out of the comparison: not every platform has wheels of it.
