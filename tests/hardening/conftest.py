@@ -29,6 +29,7 @@ routes:
   - {match: {path: /paid/dear}, upstream: recorder, meters: {requests: 1, credits: 100}}
   - {match: {path: /paid/*}, upstream: recorder, meters: {requests: 1, credits: 1}}
   - {match: {path: /public/*}, upstream: recorder, keyless: true, plan: anonymous}
+  - {match: {path: /later/*}, upstream: recorder, charge: on_response}
   - {match: {path: /small/*}, upstream: recorder, max_body: 1 KiB}
   - {match: {path: /*}, upstream: recorder}
 plans:

@@ -102,6 +102,20 @@ def test_nothing_after_a_broken_body_is_executed(world: World) -> None:
     assert _targets(world.seen_since(mark)) == ["GET /good"]
 
 
+def test_a_body_that_breaks_after_admission_is_not_paid_where_answers_are(world: World) -> None:
+    counted, mark = world.counted(), len(world.recorder.requests)
+    with Connection(world.port) as connection:
+        raw = req(b"POST /later/x HTTP/1.1", _CHUNKED, body=b"5\r\nhello\r\n")
+        connection.send(world.fill(raw))
+        assert world.seen_since(mark) == []
+        assert world.counted() - counted == 1  # reserved
+        connection.send(b"nonsense\r\n")
+        assert connection.answer().status == 400
+        assert connection.ended() == b""
+    wait_until(lambda: world.counted() == counted, what="the reservation given back")
+    assert world.seen_since(mark) == []
+
+
 @pytest.mark.parametrize(
     "first",
     [
