@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gateway.proxy.relay import INLINE_BODY
+from gateway.proxy.body import INLINE_BODY
 from tests.integration.proxy.conftest import GatewayFactory
 from tests.integration.proxy.raw import Peer, Request, answering, ok, on_loop
 
