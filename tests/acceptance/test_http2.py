@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+from websockets.asyncio.client import connect
+from websockets.asyncio.server import ServerConnection, serve
 
 from tests.acceptance.catalogue import config, plan
 from tests.integration.proxy.raw import Peer, RawUpstream
@@ -57,7 +59,7 @@ class Upstream:
             await peer.send(head.encode() + request.body)
 
 
-def text(files: Files, port: int, streaming: int, pair: dict[str, str]) -> str:
+def text(files: Files, port: int, streaming: int, chat: int, pair: dict[str, str]) -> str:
     made = config(
         plan("sold", "monthly: {period: billing, limit: 60}\n      slots: {concurrency: 40}")
     )
@@ -67,19 +69,25 @@ def text(files: Files, port: int, streaming: int, pair: dict[str, str]) -> str:
         f"key: {pair['key']}}}\n",
     )
     made = made.replace(
-        "upstreams:\n", f"upstreams:\n  live: {{urls: ['http://127.0.0.1:{streaming}']}}\n"
+        "upstreams:\n",
+        f"upstreams:\n  live: {{urls: ['http://127.0.0.1:{streaming}']}}\n"
+        f"  chat: {{urls: ['http://127.0.0.1:{chat}']}}\n",
     )
-    return made.replace("routes:\n", "routes:\n  - {match: {path: /s/*}, upstream: live}\n")
+    return made.replace(
+        "routes:\n",
+        "routes:\n  - {match: {path: /s/*}, upstream: live}\n"
+        "  - {match: {path: /live/*}, upstream: chat, websocket: true}\n",
+    )
 
 
 def test_a_customer_over_http2(own_stack: Callable[..., Stack]) -> None:
     with server_directory() as folder:
         files = Files(folder)
-        port, streaming = free_port(), free_port()
-        stack = own_stack(text(files, port, streaming, files.pair("gateway")), gateways=(2,))
+        port, streaming, chat = free_port(), free_port(), free_port()
+        stack = own_stack(text(files, port, streaming, chat, files.pair("gateway")), gateways=(2,))
         customer = stack.subscribe("sold")
         # As the plain listener is up, so is this one: they are opened together.
-        asyncio.run(_serve(stack, customer, port, streaming, files.trusting(), files))
+        asyncio.run(_serve(stack, customer, port, streaming, chat, files))
         stack.flushed(customer, 60)
         assert stack.state(customer)["requests"].total == 60
 
@@ -89,7 +97,7 @@ async def _serve(
     customer: Subscriber,
     port: int,
     streaming: int,
-    context: ssl.SSLContext,
+    chat: int,
     files: Files,
 ) -> None:
     upstream = Upstream(streaming)
@@ -97,12 +105,13 @@ async def _serve(
     base = f"https://localhost:{port}"
     headers = {"authorization": f"Bearer {customer.key}", "x-who": customer.id}
     async with httpx.AsyncClient(
-        verify=context, http1=False, http2=True, trust_env=False, timeout=30, base_url=base,
+        base_url=base, verify=files.trusting(), http1=False, http2=True, trust_env=False, timeout=30,
         headers=headers,
     ) as http:  # fmt: skip
         used = await _streaming(http, upstream)
         used += await _uploads(http)
         used += await _trailers(port, customer, files)
+        used += await _websocket(port, chat, customer, files)
         used += await _at_once(http, stack, customer)
         await _renewed(http, stack, files)
         await _reloaded(http, stack, port, files)
@@ -177,6 +186,26 @@ async def _trailers(port: int, customer: Subscriber, files: Files) -> int:
         grpc = [*key, ("content-type", "application/grpc"), ("te", "trailers")]
         answer = await client.ask("POST", "/api/Service/Call", grpc, b"12345")
         assert (answer.status, answer.headers["grpc-status"]) == (200, "12")
+    return 1
+
+
+async def _websocket(port: int, upstream: int, customer: Subscriber, files: Files) -> int:
+    """Over TLS, in HTTP/1.1, on the port that speaks HTTP/2 too."""
+
+    async def echo(connection: ServerConnection) -> None:
+        async for message in connection:
+            await connection.send(message)
+
+    key = {"authorization": f"Bearer {customer.key}"}
+    url = f"wss://localhost:{port}/live/x"
+    trusting = files.trusting("http/1.1")
+    async with (
+        serve(echo, "127.0.0.1", upstream),
+        connect(url, ssl=trusting, additional_headers=key, proxy=None) as client,
+    ):
+        for message in ("a", b"b" * 200_000):
+            await client.send(message)
+            assert await client.recv() == message
     return 1
 
 
