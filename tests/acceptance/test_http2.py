@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import ssl
 from collections.abc import Callable
 from typing import Any
 
 import httpx
+import psutil
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, serve
 
@@ -104,8 +106,9 @@ async def _serve(
     await upstream.raw.start()
     base = f"https://localhost:{port}"
     headers = {"authorization": f"Bearer {customer.key}", "x-who": customer.id}
+    trusting = files.trusting()
     async with httpx.AsyncClient(
-        base_url=base, verify=files.trusting(), http1=False, http2=True, trust_env=False, timeout=30,
+        base_url=base, verify=trusting, http1=False, http2=True, trust_env=False, timeout=30,
         headers=headers,
     ) as http:  # fmt: skip
         used = await _streaming(http, upstream)
@@ -126,6 +129,7 @@ async def _serve(
         assert refused.json()["type"]
         assert (await http.get("/nowhere")).status_code == 404
         assert (await http.get("/api/x", headers={"authorization": "no"})).status_code == 401
+    await _rolled(stack, port, files)
     await upstream.raw.stop()
 
 
@@ -233,6 +237,46 @@ async def _reloaded(http: httpx.AsyncClient, stack: Stack, port: int, files: Fil
     await wait_until_async(lambda: stack.metric(loads, result="refused") == 2, what="both workers")
     assert not await taken(old)
     assert (await http.get("/-/healthz")).status_code == 200  # the connection of before
+    stack.write_config(settings)
+    await wait_until_async(lambda: stack.metric("tallygate_config_stale") == 0, what="mended")
+
+
+async def _rolled(stack: Stack, port: int, files: Files) -> None:
+    """Workers are replaced while connections come and go, and while one stays."""
+    answers: list[int] = []
+    done = False
+
+    async def fresh() -> None:
+        context = files.trusting("http/1.1")
+        while not done:
+            reader, writer = await asyncio.open_connection("localhost", port, ssl=context)
+            writer.write(b"GET /-/healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+            answers.append(int((await reader.readline()).split(b" ")[1]))
+            writer.close()
+
+    async def kept() -> None:
+        """Goes elsewhere when it is told to, and not before."""
+        context = files.trusting("h2")
+        while not done:
+            async with Client.to(port, context, server_hostname="localhost") as client:
+                while not (done or client.goaways):
+                    answers.append((await client.ask(path="/-/healthz")).status)
+
+    def workers() -> set[int]:
+        return {child.pid for child in psutil.Process(stack.gateways[0].pid).children()}
+
+    old = workers()
+    tasks = [asyncio.create_task(task()) for task in (fresh, fresh, kept)]
+    stack.gateways[0].signal(signal.SIGUSR2)
+    await wait_until_async(
+        lambda: any(task.done() for task in tasks) or (len(workers()) == 2 and not workers() & old),
+        60,
+        "all workers replaced",
+    )
+    done = True
+    await asyncio.gather(*tasks)
+    assert set(answers) == {200}
+    assert len(answers) > 10
 
 
 async def _renewed(http: httpx.AsyncClient, stack: Stack, files: Files) -> None:
