@@ -7,10 +7,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 LOCK   := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-          --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
+          --no-emit-index-url --no-emit-find-links --override requirements/override.in --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help run test chaos lint lua lock clean
+.PHONY: help run test chaos bench load lint lua lock clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,6 +35,12 @@ endif
 chaos: $(VENV)/dev.stamp  ## Kill and wipe parts under load, and count (ROUNDS=100 SEED=1 ARGS="--faults flushall")
 	@$(BIN)/python -m tests.faults --rounds $(or $(ROUNDS),100) --seed $(or $(SEED),1) $(ARGS)
 
+bench: $(VENV)/bench.stamp  ## Compare with Traefik, nginx + Lua and Envoy (ARGS="--quick", ARGS=--help)
+	@$(BIN)/python -m benchmarks.compare $(ARGS)
+
+load: $(VENV)/bench.stamp  ## Play scenarios with Locust and check every 429 (ARGS="--scenarios burst")
+	@$(BIN)/python -m benchmarks.loadtest $(ARGS)
+
 lint: $(VENV)/dev.stamp lua  ## Check style, types, imports and Lua
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -51,6 +57,8 @@ lock: $(VENV)/dev.stamp  ## Write requirements/*.txt anew (UPGRADE=1: with the n
 	  --extra embedded --extra dev --output-file requirements/dev.txt
 	@$(BIN)/$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/image.in \
 	  --output-file requirements/image.txt
+	@$(BIN)/$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/bench.in \
+	  --extra embedded --extra dev --extra bench --output-file requirements/bench.txt
 	@! grep -n '://' requirements/*.txt
 
 clean:  ## Remove .venv and caches; the data in .tallygate stay
@@ -68,14 +76,21 @@ $(VENV)/created.stamp:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
+# The locks are complete (`make lock`), so pip has nothing to resolve.
 # Two stamps: `make run` does not wait for the tools of `make test`.
 $(VENV)/run.stamp: $(VENV)/created.stamp requirements/run.txt pyproject.toml
 	@echo "installing into $(VENV), which takes a minute and is done once"
-	@$(PIP) --require-hashes -r requirements/run.txt
+	@$(PIP) --require-hashes --no-deps -r requirements/run.txt
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt
 	@echo "installing the development tools into $(VENV)"
-	@$(PIP) --require-hashes -r requirements/dev.txt
+	@$(PIP) --require-hashes --no-deps -r requirements/dev.txt
+	@touch $@
+
+# What cannot be installed is left out of the comparison: not every platform has wheels of it.
+$(VENV)/bench.stamp: $(VENV)/dev.stamp requirements/bench.txt
+	@echo "installing what is compared with into $(VENV)"
+	@$(PIP) --require-hashes --no-deps -r requirements/bench.txt || echo "going on without"
 	@touch $@

@@ -11,31 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.stack import Stack, pinned, running
-
-_TICK_US = 1_000_000 / os.sysconf("SC_CLK_TCK")
-
-
-def cpu_us(pid: int) -> float:
-    """CPU time of a process so far, user + system, in microseconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * _TICK_US
-
-
-def rss_mib(pid: int) -> float:
-    """Resident memory of a process in MiB."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+from benchmarks.processes import pinned, rss_mib, total_cpu_us
+from benchmarks.stack import Stack, running
 
 
 def measure(
@@ -43,14 +28,16 @@ def measure(
 ) -> dict[str, float]:
     """One run of the client; CPU per request is 0 for what was not involved."""
     gateway = stack.gateway_pids if port == stack.gateway_port else []
-    before = sum(map(cpu_us, gateway)), cpu_us(stack.valkey_pid)
+    before = total_cpu_us(gateway), total_cpu_us([stack.valkey_pid])
     command = [sys.executable, "-m", "benchmarks.client", "--port", str(port)]
     command += ["--connections", str(connections), "--seconds", str(seconds)]
     command += ["--keys", ",".join(keys)]
     result: dict[str, Any] = json.loads(
-        subprocess.run(pinned(1, command), check=True, capture_output=True, text=True).stdout
+        subprocess.run(
+            pinned(stack.cores.client, command), check=True, capture_output=True, text=True
+        ).stdout
     )
-    after = sum(map(cpu_us, gateway)), cpu_us(stack.valkey_pid)
+    after = total_cpu_us(gateway), total_cpu_us([stack.valkey_pid])
     requests = result["requests"]
     unexpected = {s: n for s, n in result["statuses"].items() if s not in ("200", "429")}
     if unexpected:

@@ -107,7 +107,9 @@ async def _run(options: argparse.Namespace) -> None:
                 "seconds": seconds,
                 "statuses": statuses,
                 "p50_us": percentile(0.5),
+                "p90_us": percentile(0.9),
                 "p99_us": percentile(0.99),
+                "p999_us": percentile(0.999),
             }
         )
     )

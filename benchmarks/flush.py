@@ -27,7 +27,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.__main__ import cpu_us, rss_mib
+from benchmarks.processes import cpu_us, rss_mib
 from benchmarks.subjects import METERS, Pipe, change, load
 from cli.embedded import EmbeddedPostgres, EmbeddedValkey
 from core.db import connect_pool, migrate

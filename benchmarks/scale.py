@@ -22,12 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.subjects import COSTS, METERS, PLAN, SPAN, Pipe, change, names, write_states
+from benchmarks.admission import batches, usual_program
+from benchmarks.subjects import Pipe, change, names, write_states
 from cli.embedded import EmbeddedValkey
-from core.admission.program import Verdict, calendar_use, compile_program
 from core.keyspace import Keyspace
-from core.redis.scripts import load
-from gateway.admission.batcher import Batcher
 
 _BATCH = 32
 _MEASURED = 20_000
@@ -82,23 +80,10 @@ def memory(url: str) -> dict[str, float]:
     }
 
 
-async def admit(url: str, subjects: list[str], batches: int) -> None:
-    """`batches` script calls, each for other subjects."""
-    keyspace = Keyspace()
-    program = compile_program(PLAN, COSTS, METERS, calendar_use([PLAN]))
-    batcher = Batcher(
-        url, load("admit"), keyspace.dirty(0), keyspace.events(0), timeout_s=30, max_batch=_BATCH
-    )
-    await batcher.start()
-    for _ in range(batches):
-        chosen = random.sample(subjects, _BATCH)
-        answers = await asyncio.gather(
-            *(batcher.submit(program, (keyspace.state(s),), *SPAN, "") for s in chosen)
-        )
-        if any(answer[1] != Verdict.ADMIT for answer in answers):
-            raise SystemExit(f"not admitted: {answers[0]}")
-    assert batcher.stats.batches == batches
-    await batcher.close()
+def admit(url: str, subjects: list[str], count: int) -> None:
+    """`count` script calls, each for other subjects."""
+    groups = [random.sample(subjects, _BATCH) for _ in range(count)]
+    asyncio.run(batches(url, usual_program(), groups, _BATCH))
 
 
 def main() -> None:
@@ -135,7 +120,7 @@ def main() -> None:
         for number in range(options.rounds + 1):
             for size in sizes:
                 before = cpu_us(pipes[size])
-                asyncio.run(admit(urls[size], active[size], options.batches))
+                admit(urls[size], active[size], options.batches)
                 cost = (cpu_us(pipes[size]) - before) / (options.batches * _BATCH)
                 print(f"round {number} {size:,}: {cost:.2f} µs", file=sys.stderr)
                 if number:  # the first warms up

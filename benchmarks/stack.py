@@ -1,4 +1,4 @@
-"""Brings up what is measured: embedded stores, stub upstream, gateway; pinned where possible."""
+"""Brings up what is measured: embedded stores, an upstream, gateways; pinned where possible."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+from benchmarks import interpreter
+from benchmarks.processes import children, pin, pinned, start, wait_ready
 from cli.embedded import EmbeddedPostgres, EmbeddedValkey, free_port
 from core.db import connect_pool, migrate
 from core.directory import create_creator, create_customer, create_key, create_subscription
@@ -58,38 +59,77 @@ log: {{level: warning}}
 PLANS = ("four_limits", "demo", "exhausted", "unlimited")
 
 
+@dataclass(frozen=True)
+class Cores:
+    """Which cores do what. With two, the gateway has one and everything else the other."""
+
+    gateway: str
+    second: str  # of a second worker
+    redis: str
+    upstream: str
+    client: str
+
+    @classmethod
+    def of_machine(cls) -> Cores:
+        if cls.count() >= 4:
+            return cls(gateway="0", second="1", redis="2", upstream="3", client="3")
+        return cls(gateway="0", second="1", redis="1", upstream="1", client="1")
+
+    @staticmethod
+    def count() -> int:
+        """Cores of this machine."""
+        return os.cpu_count() or 1
+
+    @property
+    def apart(self) -> bool:
+        """A second worker has a core of its own."""
+        return self.second != self.redis
+
+
 @dataclass
 class Stack:
-    """Ports and process ids of a running stack; `keys` by plan."""
+    """Ports and process ids of a running stack; `keys` by plan, `subscriptions` by key."""
 
-    gateway_port: int
+    folder: Path
     upstream_port: int
-    gateway_pids: list[int]
     valkey_pid: int
     valkey_url: str
+    postgres_url: str
     keys: dict[str, list[str]]
+    subscriptions: dict[str, str]
+    config: Path
+    environment: dict[str, str]
+    python: Path
+    cores: Cores
+    cleanup: ExitStack
+    gateway_port: int = 0
+    gateway_pids: list[int] = field(default_factory=list)
+    reconciler_pid: int = 0
+
+    def start_gateway(self, workers: int = 1, cores: str | None = None) -> tuple[int, list[int]]:
+        """One more gateway on the same stores: its port and the ids of its workers."""
+        port = free_port()
+        process = self.start(
+            cores or self.cores.gateway,
+            *("gateway", "--config", str(self.config), "--workers", str(workers)),
+            *("--listen", f"127.0.0.1:{port}"),
+            log=(log := self._log("gateway")),
+        )
+        wait_ready(f"http://127.0.0.1:{port}/-/readyz", log=log)
+        return port, children(process.pid)
+
+    def start(self, cores: str, *module: str, log: Path | None = None) -> subprocess.Popen[bytes]:
+        """`python -m <module>` on these cores, with the stack's environment, until its end."""
+        command = pinned(cores, [str(self.python), "-m", *module])
+        return start(self.cleanup, command, env=self.environment, log=log or self._log(module[0]))
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}-{free_port()}.log"
 
 
-def pinned(core: int, command: list[str]) -> list[str]:
-    """The command on one core, where the machine has more than one and `taskset` exists."""
-    if (os.cpu_count() or 1) < 2 or not Path("/usr/bin/taskset").exists():
-        return command
-    return ["taskset", "-c", str(core), *command]
-
-
-def _wait(url: str) -> None:
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=1):
-                return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-
-
-async def _prepare(url: str, count: int) -> dict[str, list[str]]:
+async def _prepare(
+    url: str, counts: Mapping[str, int]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
     await migrate(url)
     database = await connect_pool(url, size=4, timeout_s=10)
     hasher = KeyHasher(PEPPER)
@@ -97,54 +137,86 @@ async def _prepare(url: str, count: int) -> dict[str, list[str]]:
     customer = await create_customer(
         database, creator_id=creator.id, name="bench", email="bench@example.com"
     )
-    keys: dict[str, list[str]] = {plan: [] for plan in PLANS}
-    for plan in PLANS:
+    keys: dict[str, list[str]] = {plan: [] for plan in counts}
+    subscriptions: dict[str, str] = {}
+    for plan, count in counts.items():
         for _ in range(count):
             subscription = await create_subscription(database, customer_id=customer.id, plan=plan)
             new = await create_key(database, hasher, subscription_id=subscription.id)
             keys[plan].append(new.secret)
+            subscriptions[new.secret] = subscription.id
     await database.close()
-    return keys
+    return keys, subscriptions
 
 
 @contextmanager
-def running(*, appendfsync: str, subscriptions: int, workers: int = 1) -> Iterator[Stack]:
-    """A stack that lasts as long as the context; the gateway on core 0, all else on core 1."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+def running(
+    *,
+    appendfsync: Literal["always", "everysec"],
+    subscriptions: int | Mapping[str, int],
+    config: str = CONFIG,
+    workers: int = 1,
+    cores: Cores | None = None,
+    upstream_port: int | None = None,
+    reconciler: bool = False,
+    redis: Path | None = None,
+    python: Path | None = None,
+) -> Iterator[Stack]:
+    """A stack that lasts as long as the context.
+
+    Args:
+        appendfsync: of the Redis server, which may be switched while it runs.
+        subscriptions: how many for each plan, one key each; by plan, where `config` has others.
+        config: the configuration; `{upstream}` in it is the upstream's port.
+        workers: of the gateway.
+        cores: what runs where; as fits the machine by default.
+        upstream_port: an upstream that is there already; without it, the stub is started.
+        reconciler: run one, as in production.
+        redis: another server binary than the embedded Valkey.
+        python: another interpreter of the same version than this one.
+    """
+    cores = cores or Cores.of_machine()
+    with ExitStack() as cleanup:
+        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         folder.chmod(0o711)
-        valkey = stack.enter_context(EmbeddedValkey(folder / "v", appendfsync=appendfsync))
-        postgres = stack.enter_context(EmbeddedPostgres(folder / "p"))
-        subprocess.run(["taskset", "-cp", "1", str(valkey.pid)], check=False, capture_output=True)
-        keys = asyncio.run(_prepare(postgres.url, subscriptions))
-        upstream, gateway = free_port(), free_port()
-        config = folder / "config.yaml"
-        config.write_text(CONFIG.format(upstream=upstream))
-        environment = os.environ | {
+        valkey = cleanup.enter_context(
+            EmbeddedValkey(folder / "v", appendfsync=appendfsync, binary=redis)
+        )
+        postgres = cleanup.enter_context(EmbeddedPostgres(folder / "p"))
+        assert valkey.pid is not None
+        pin(valkey.pid, cores.redis)
+        if isinstance(subscriptions, int):
+            subscriptions = dict.fromkeys(PLANS, subscriptions)
+        keys, by_key = asyncio.run(_prepare(postgres.url, subscriptions))
+        upstream = upstream_port or free_port()
+        file = folder / "config.yaml"
+        file.write_text(config.format(upstream=upstream))
+        python = python or Path(sys.executable)
+        environment = os.environ | interpreter.environment(python)
+        environment |= {
             "TALLYGATE_REDIS_URL": valkey.url,
             "TALLYGATE_POSTGRES_URL": postgres.url,
             "TALLYGATE_KEY_PEPPER": PEPPER,
             "TALLYGATE_METRICS_DIR": str(folder / "metrics"),
         }
-
-        def start(core: int, *arguments: str) -> subprocess.Popen[bytes]:
-            process = subprocess.Popen(
-                pinned(core, [sys.executable, "-m", *arguments]), env=environment
-            )
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
-            return process
-
-        start(1, "benchmarks.stub_upstream", "--port", str(upstream))
-        process = start(
-            0,
-            *("gateway", "--config", str(config), "--workers", str(workers)),
-            *("--listen", f"127.0.0.1:{gateway}"),
+        stack = Stack(
+            folder=folder,
+            upstream_port=upstream,
+            valkey_pid=valkey.pid,
+            valkey_url=valkey.url,
+            postgres_url=postgres.url,
+            keys=keys,
+            subscriptions=by_key,
+            config=file,
+            environment=environment,
+            python=python,
+            cores=cores,
+            cleanup=cleanup,
         )
-        _wait(f"http://127.0.0.1:{gateway}/-/readyz")
-        yield Stack(gateway, upstream, _children(process.pid), valkey.pid or 0, valkey.url, keys)
-
-
-def _children(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(word) for word in text.split()]
+        if upstream_port is None:
+            stack.start(cores.upstream, "benchmarks.stub_upstream", "--port", str(upstream))
+        if reconciler:
+            process = stack.start(cores.redis, "reconciler", "--config", str(file))
+            stack.reconciler_pid = process.pid
+        stack.gateway_port, stack.gateway_pids = stack.start_gateway(workers)
+        yield stack

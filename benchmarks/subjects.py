@@ -18,6 +18,7 @@ from core import clock
 from core.keyspace import Keyspace
 from core.period import DAY_MS, HOUR_MS, billing_period
 from core.policy import FixedWindow, Gcra, Meter, PeriodKind, Plan, Quota
+from core.redis.client import server_run
 
 METERS = {"requests": Meter("requests"), "credits": Meter("credits", decimals=2)}
 NOW_MS = clock.now_ms()
@@ -81,7 +82,8 @@ class Pipe:
         replies: list[object] = []
         stream = iter(commands)
         while chunk := list(islice(stream, _CHUNK)):
-            self._socket.sendall(b"".join(hiredis.pack_command(c) for c in chunk))
+            packed = [hiredis.pack_command(c) for c in chunk]  # type: ignore[arg-type]
+            self._socket.sendall(b"".join(packed))
             wanted = len(replies) + len(chunk)
             while len(replies) < wanted:
                 reply = self._reader.gets()
@@ -105,8 +107,7 @@ def write_states(pipe: Pipe, subjects: Iterable[str], version: int) -> None:
     """Whole states, not listed as changed."""
     info = pipe.send([("INFO", "server")])[0]
     assert isinstance(info, bytes)
-    run = info.partition(b"run_id:")[2].split()[0].decode()
-    key, fields = Keyspace().state, _flat(state(version, run))
+    key, fields = Keyspace().state, _flat(state(version, server_run(info)))
     pipe.send(("HSET", key(subject), *fields) for subject in subjects)
 
 

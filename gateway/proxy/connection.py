@@ -182,7 +182,8 @@ class UpstreamConnection(asyncio.Protocol):
         if self.error is not None:
             waiter.set_exception(self.error)
         elif self.closed and not self.complete:
-            waiter.set_exception(self._lost_error())
+            self.error = self._lost_error()  # it went while it was handed over
+            waiter.set_exception(self.error)
         else:
             self._wake()
         return waiter

@@ -125,7 +125,9 @@ class Side(Taken):
 
     def eof_received(self) -> bool:
         self._went()
-        return True  # we close, when what it sent has been passed on
+        # We close, when what it sent has been passed on; over TLS there is no half of a connection.
+        transport = self.transport
+        return transport is not None and transport.get_extra_info("ssl_object") is None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
