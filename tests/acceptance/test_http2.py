@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import ssl
 from collections.abc import Callable
 from typing import Any
 
 import httpx
+import psutil
+from websockets.asyncio.client import connect
+from websockets.asyncio.server import ServerConnection, serve
 
 from tests.acceptance.catalogue import config, plan
 from tests.integration.proxy.raw import Peer, RawUpstream
@@ -57,7 +61,7 @@ class Upstream:
             await peer.send(head.encode() + request.body)
 
 
-def text(files: Files, port: int, streaming: int, pair: dict[str, str]) -> str:
+def text(files: Files, port: int, streaming: int, chat: int, pair: dict[str, str]) -> str:
     made = config(
         plan("sold", "monthly: {period: billing, limit: 60}\n      slots: {concurrency: 40}")
     )
@@ -67,19 +71,25 @@ def text(files: Files, port: int, streaming: int, pair: dict[str, str]) -> str:
         f"key: {pair['key']}}}\n",
     )
     made = made.replace(
-        "upstreams:\n", f"upstreams:\n  live: {{urls: ['http://127.0.0.1:{streaming}']}}\n"
+        "upstreams:\n",
+        f"upstreams:\n  live: {{urls: ['http://127.0.0.1:{streaming}']}}\n"
+        f"  chat: {{urls: ['http://127.0.0.1:{chat}']}}\n",
     )
-    return made.replace("routes:\n", "routes:\n  - {match: {path: /s/*}, upstream: live}\n")
+    return made.replace(
+        "routes:\n",
+        "routes:\n  - {match: {path: /s/*}, upstream: live}\n"
+        "  - {match: {path: /live/*}, upstream: chat, websocket: true}\n",
+    )
 
 
 def test_a_customer_over_http2(own_stack: Callable[..., Stack]) -> None:
     with server_directory() as folder:
         files = Files(folder)
-        port, streaming = free_port(), free_port()
-        stack = own_stack(text(files, port, streaming, files.pair("gateway")), gateways=(2,))
+        port, streaming, chat = free_port(), free_port(), free_port()
+        stack = own_stack(text(files, port, streaming, chat, files.pair("gateway")), gateways=(2,))
         customer = stack.subscribe("sold")
         # As the plain listener is up, so is this one: they are opened together.
-        asyncio.run(_serve(stack, customer, port, streaming, files.trusting(), files))
+        asyncio.run(_serve(stack, customer, port, streaming, chat, files))
         stack.flushed(customer, 60)
         assert stack.state(customer)["requests"].total == 60
 
@@ -89,20 +99,22 @@ async def _serve(
     customer: Subscriber,
     port: int,
     streaming: int,
-    context: ssl.SSLContext,
+    chat: int,
     files: Files,
 ) -> None:
     upstream = Upstream(streaming)
     await upstream.raw.start()
     base = f"https://localhost:{port}"
     headers = {"authorization": f"Bearer {customer.key}", "x-who": customer.id}
+    trusting = files.trusting()
     async with httpx.AsyncClient(
-        verify=context, http1=False, http2=True, trust_env=False, timeout=30, base_url=base,
+        base_url=base, verify=trusting, http1=False, http2=True, trust_env=False, timeout=30,
         headers=headers,
     ) as http:  # fmt: skip
         used = await _streaming(http, upstream)
         used += await _uploads(http)
         used += await _trailers(port, customer, files)
+        used += await _websocket(port, chat, customer, files)
         used += await _at_once(http, stack, customer)
         await _renewed(http, stack, files)
         await _reloaded(http, stack, port, files)
@@ -117,6 +129,7 @@ async def _serve(
         assert refused.json()["type"]
         assert (await http.get("/nowhere")).status_code == 404
         assert (await http.get("/api/x", headers={"authorization": "no"})).status_code == 401
+    await _rolled(stack, port, files)
     await upstream.raw.stop()
 
 
@@ -180,6 +193,26 @@ async def _trailers(port: int, customer: Subscriber, files: Files) -> int:
     return 1
 
 
+async def _websocket(port: int, upstream: int, customer: Subscriber, files: Files) -> int:
+    """Over TLS, in HTTP/1.1, on the port that speaks HTTP/2 too."""
+
+    async def echo(connection: ServerConnection) -> None:
+        async for message in connection:
+            await connection.send(message)
+
+    key = {"authorization": f"Bearer {customer.key}"}
+    url = f"wss://localhost:{port}/live/x"
+    trusting = files.trusting("http/1.1")
+    async with (
+        serve(echo, "127.0.0.1", upstream),
+        connect(url, ssl=trusting, additional_headers=key, proxy=None) as client,
+    ):
+        for message in ("a", b"b" * 200_000):
+            await client.send(message)
+            assert await client.recv() == message
+    return 1
+
+
 async def _reloaded(http: httpx.AsyncClient, stack: Stack, port: int, files: Files) -> None:
     """A newer version of TLS is asked for; a file that is not there changes nothing."""
     old = files.trusting()
@@ -204,6 +237,46 @@ async def _reloaded(http: httpx.AsyncClient, stack: Stack, port: int, files: Fil
     await wait_until_async(lambda: stack.metric(loads, result="refused") == 2, what="both workers")
     assert not await taken(old)
     assert (await http.get("/-/healthz")).status_code == 200  # the connection of before
+    stack.write_config(settings)
+    await wait_until_async(lambda: stack.metric("tallygate_config_stale") == 0, what="mended")
+
+
+async def _rolled(stack: Stack, port: int, files: Files) -> None:
+    """Workers are replaced while connections come and go, and while one stays."""
+    answers: list[int] = []
+    done = False
+
+    async def fresh() -> None:
+        context = files.trusting("http/1.1")
+        while not done:
+            reader, writer = await asyncio.open_connection("localhost", port, ssl=context)
+            writer.write(b"GET /-/healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+            answers.append(int((await reader.readline()).split(b" ")[1]))
+            writer.close()
+
+    async def kept() -> None:
+        """Goes elsewhere when it is told to, and not before."""
+        context = files.trusting("h2")
+        while not done:
+            async with Client.to(port, context, server_hostname="localhost") as client:
+                while not (done or client.goaways):
+                    answers.append((await client.ask(path="/-/healthz")).status)
+
+    def workers() -> set[int]:
+        return {child.pid for child in psutil.Process(stack.gateways[0].pid).children()}
+
+    old = workers()
+    tasks = [asyncio.create_task(task()) for task in (fresh, fresh, kept)]
+    stack.gateways[0].signal(signal.SIGUSR2)
+    await wait_until_async(
+        lambda: any(task.done() for task in tasks) or (len(workers()) == 2 and not workers() & old),
+        60,
+        "all workers replaced",
+    )
+    done = True
+    await asyncio.gather(*tasks)
+    assert set(answers) == {200}
+    assert len(answers) > 10
 
 
 async def _renewed(http: httpx.AsyncClient, stack: Stack, files: Files) -> None:
