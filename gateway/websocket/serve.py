@@ -24,7 +24,7 @@ from gateway.auth import Outcome as Auth
 from gateway.auth.keycache import Subscription
 from gateway.http.errors import ClientDisconnected
 from gateway.http.exchange import Exchange
-from gateway.http.h1 import Http1Exchange
+from gateway.http.h1_exchange import Http1Exchange
 from gateway.http.message import Header, Request
 from gateway.proxy.connection import UpstreamConnection
 from gateway.proxy.relay import RelayResult, relay
