@@ -17,6 +17,7 @@ from rich.text import Text
 
 from core.config import Snapshot, json_schema, load
 from core.config.units import format_duration, format_quantity, format_rate
+from core.doctor import tls
 from core.errors import ConfigError
 from core.policy import (
     Concurrency,
@@ -70,6 +71,9 @@ def check(ctx: click.Context, file: str, as_json: bool) -> None:
     console.print(_plan_table(snapshot))
     console.print(_route_table(snapshot))
     console.print(f"{file} is valid.", highlight=False, markup=False)
+    # Of this machine, which need not be the one that the file is for.
+    for finding in tls.examine(snapshot):
+        console.print(f"{finding.severity}: {finding.text}", highlight=False, markup=False)
 
 
 @click.command()

@@ -221,6 +221,31 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class FrameCost:
+    """What `meter` counts of a WebSocket: `units` for each message, or each byte of payload.
+
+    `sender` is whose: client, upstream or both.
+    """
+
+    meter: str
+    units: int
+    per_byte: bool
+    sender: str
+
+
+@dataclass(frozen=True, slots=True)
+class WebSocket:
+    """How a route serves WebSockets. `origins` empty means any; `max_message` 0 means any size."""
+
+    origins: frozenset[bytes] = frozenset()
+    costs: tuple[FrameCost, ...] = ()
+    idle_ms: int = 300_000
+    max_message: int = 0
+    recheck_ms: int = 10_000
+    max_connections: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """What a request matches and what then happens to it.
 
@@ -229,7 +254,7 @@ class Route:
     `plan` is set on keyless routes only (`keyless`), and names the plan of each client address.
     `reserve` makes the charge wait for its answer, and `charged` then says which statuses are paid
     for; None means whatever the upstream answers. Of `actual` meters the cost is an estimate, which
-    the answer corrects.
+    the answer corrects. Without `websocket` a request to open one is answered as any other.
     """
 
     name: str
@@ -246,4 +271,5 @@ class Route:
     charged: frozenset[int] | None = None
     actual: tuple[ActualCost, ...] = ()
     outage: OutageMode = OutageMode.CLOSED
+    websocket: WebSocket | None = None
     rules: RouteRules = NO_RULES

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.certificates import build
 from core.config import Address, load
 from core.config.fields import parse_address
 from core.errors import TallygateError
@@ -22,7 +23,7 @@ from core.leave import leave
 from core.telemetry import logs
 from gateway import worker
 from gateway.lifeline import die_with_parent
-from gateway.listeners import HTTP, bind, check_free, inherited, parse_listener
+from gateway.listeners import HTTP, HTTPS, bind, check_free, inherited, parse_listener
 from gateway.roll import CONNECTED
 from gateway.settings import required
 from gateway.supervisor import SIGNALS, Supervisor
@@ -40,8 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         snapshot = load(arguments.config)
         required(snapshot)
         listen = listen or snapshot.settings.gateway.listen
+        addresses = [(listen, HTTP)]
+        if (tls := snapshot.settings.gateway.tls) is not None:
+            build(tls)  # said once here, not by each worker
+            addresses.append((tls.listen, HTTPS))
         if not given:
-            check_free(listen)
+            for address, kind in addresses:
+                check_free(address, kind)
     except (TallygateError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -49,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.configure(settings.log.level, settings.log.format, "gateway")
     count = arguments.workers or settings.gateway.workers or len(os.sched_getaffinity(0))
     try:
-        return Supervisor(arguments.config, snapshot, [(listen, HTTP)], count, given).run()
+        return Supervisor(arguments.config, snapshot, addresses, count, given).run()
     except TallygateError as error:
         print(error, file=sys.stderr)
         return 1

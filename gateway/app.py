@@ -32,6 +32,7 @@ from gateway.admission.settler import Settler
 from gateway.answers import problems
 from gateway.answers.headers import SERVER
 from gateway.auth import Authenticator, KeyCache, KeyExtractor, KeyLoader
+from gateway.certificates import Certificates
 from gateway.cost.report import CostReport
 from gateway.http.exchange import Exchange
 from gateway.http.message import Header
@@ -42,6 +43,7 @@ from gateway.outage.replay import Replay
 from gateway.responder import Responder
 from gateway.runtime import Runtime
 from gateway.settings import required
+from gateway.websocket.serve import WebSockets
 
 _log = logs.get_logger()
 
@@ -65,6 +67,7 @@ class Gateway:
         self.config = ConfigWatcher(
             path, snapshot, on_reload=self._reloaded, on_refused=self._refused
         )
+        self.tls = self._certificates(snapshot)
         self._workers = workers
         self.runtime = Runtime(snapshot, {}, workers)
         self._keyspace = Keyspace()
@@ -184,6 +187,8 @@ class Gateway:
         self.local.start(loop)
         self.metrics.config_applied(self.config.current.digest)
         self._tasks.append(asyncio.create_task(self.config.run(), name="config-watcher"))
+        if self.tls is not None:
+            self._tasks.append(asyncio.create_task(self.tls.run(), name="certificate-watcher"))
 
     async def close(self) -> None:
         """Gives leases back and closes everything; waits for no more than the time-outs."""
@@ -205,6 +210,16 @@ class Gateway:
         await self._database.close()
         self.local.stop()
 
+    def _certificates(self, snapshot: Snapshot) -> Certificates | None:
+        tls, metrics = snapshot.settings.gateway.tls, self.metrics
+        if tls is None:
+            return None
+        return Certificates(
+            tls,
+            on_reload=lambda result: metrics.certificate_reloads.labels(result).inc(),
+            on_expiry=lambda file, ends: metrics.certificate_expiry.labels(file).set(ends),
+        )
+
     def _responder(self, runtime: Runtime) -> Responder:
         key = runtime.snapshot.settings.gateway.key
         authenticator = Authenticator(
@@ -214,7 +229,8 @@ class Gateway:
             loader=self._loader,
             clock=clock.now_ms,
         )
-        return Responder(runtime, authenticator, self._limiter, self.local)
+        sockets = WebSockets(self._limiter, authenticator, self.local, lambda: self.runtime)
+        return Responder(runtime, authenticator, self._limiter, self.local, sockets)
 
     # Requests
 
@@ -230,6 +246,10 @@ class Gateway:
         self.metrics.unreadable_requests.labels(code).inc()
         problem = problems.unreadable(status, code, detail)
         return [*problem.headers, SERVER], problem.body
+
+    def client_event(self, kind: str) -> None:
+        """A connection of a client was ended, or a call answered, by the server itself."""
+        self.metrics.client_events.labels(kind).inc()
 
     async def _health(self, path: str, exchange: Exchange) -> None:
         # Postgres being away is no reason to take a worker out: cached keys go on working.
@@ -300,12 +320,16 @@ class Gateway:
         self._registry.check(new.meters)
         runtime = Runtime(new, self.runtime.pools, self._workers)
         respond = self._responder(runtime)
+        tls = new.settings.gateway.tls
+        switch = self.tls.prepare(tls) if self.tls is not None and tls is not None else None
         retired = [pool for up, pool in self.runtime.pools.items() if up not in runtime.pools]
         removed = plans_removed(old, new)
         self.metrics.config_applied(new.digest)
         self._registry.declare(new.meters)
         self._meters.update(new.meters)
         self.runtime, self._respond = runtime, respond
+        if switch is not None:
+            switch()
         self._pin_meters()
         for pool in retired:
             pool.close()

@@ -93,11 +93,11 @@ def bind(address: Address, kind: str = HTTP) -> Listener:
         sock.bind((address.host, address.port))
     except OSError as error:
         sock.close()
-        raise _cannot_listen(address, error) from None
+        raise _cannot_listen(address, kind, error) from None
     return Listener(sock, kind, owned=True)
 
 
-def check_free(address: Address) -> None:
+def check_free(address: Address, kind: str = HTTP) -> None:
     """Workers share the port, and so would two gateways: refuse that with a plain bind.
 
     Raises:
@@ -108,7 +108,7 @@ def check_free(address: Address) -> None:
         try:
             probe.bind((address.host, address.port))
         except OSError as error:
-            raise _cannot_listen(address, error) from None
+            raise _cannot_listen(address, kind, error) from None
 
 
 def inherited(environment: MutableMapping[str, str]) -> list[Listener]:
@@ -148,8 +148,9 @@ def _family(address: Address) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address.host else socket.AF_INET
 
 
-def _cannot_listen(address: Address, error: OSError) -> TallygateError:
+def _cannot_listen(address: Address, kind: str, error: OSError) -> TallygateError:
+    setting = "gateway.tls.listen" if kind == HTTPS else "gateway.listen"
     return TallygateError(
-        f"gateway.listen: cannot listen on {address}: {error.strerror}; "
+        f"{setting}: cannot listen on {address}: {error.strerror}; "
         "choose another port or stop what uses it"
     )

@@ -39,7 +39,10 @@ from gateway.proxy.errors import ProxyError
 from gateway.proxy.relay import Outcome, RelayResult, relay
 from gateway.proxy.request import MAX_REQUEST_ID, RequestHead
 from gateway.proxy.rewrite import Facts
+from gateway.proxy.websocket.handshake import HandshakeError
 from gateway.runtime import PlanOnRoute, RouteRuntime, Runtime
+from gateway.websocket.serve import WebSockets
+from gateway.websocket.serve import problem as socket_problem
 
 # What a client is told when no decision can be had: short, since a restart of Redis is.
 _OUTAGE_RETRY_S = 1
@@ -54,12 +57,14 @@ class Responder:
         authenticator: Authenticator,
         limiter: Limiter,
         metrics: LocalMetrics,
+        sockets: WebSockets,
     ) -> None:
         self.runtime = runtime
         self._match = Matcher(runtime).match
         self._authenticator = authenticator
         self._limiter = limiter
         self._metrics = metrics
+        self._sockets = sockets
         self._upstream_seconds = {
             upstream.name: metrics.upstream(upstream.name) for upstream in runtime.pools
         }
@@ -84,6 +89,9 @@ class Responder:
         try:
             route = matched = self._match(request, request_id)
             route_name = route.route.name
+            shake = None
+            if route.websocket is not None:
+                shake = self._sockets.asked(route, request)
             if route.anonymous is not None:
                 on_route = route.anonymous
                 plan_name = on_route.plan.name
@@ -116,6 +124,14 @@ class Responder:
             if route.alters_answers:
                 limit_headers += self._added(route, request, request_id, plan_name, subject)
             started = clock.monotonic()
+            if shake is not None:
+                result = await self._sockets.relay(
+                    exchange, shake, route=route, on_route=on_route, head=head, decision=decision,
+                    subject=subject if route.anonymous is not None else subscription,
+                    own_id=own_id, limit_headers=limit_headers,
+                )  # fmt: skip
+                outcome = self._relayed(result, route, decision, request_id)
+                return
             result = await relay(
                 exchange,
                 pool=route.pool,
@@ -146,6 +162,13 @@ class Responder:
         except (BadRequest, RequestTimeout, PayloadTooLarge) as error:
             outcome = "bad_request"
             problem = _client_error(error, request_id, route)
+            self._refuse(
+                Refusal(problem, outcome, error.code),
+                exchange, subject, matched, plan_name, request_id, own_id,
+            )  # fmt: skip
+        except HandshakeError as error:
+            outcome = "bad_request" if error.status < 500 else "upstream_error"
+            problem = socket_problem(error, request_id)
             self._refuse(
                 Refusal(problem, outcome, error.code),
                 exchange, subject, matched, plan_name, request_id, own_id,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from core.admission.ledger import Catalogue
 from core.admission.program import CalendarUse, Program, calendar_use, compile_program
@@ -33,6 +34,7 @@ from gateway.proxy.pool import UpstreamPool
 from gateway.proxy.request import RequestRules
 from gateway.proxy.rewrite import Fields, HeaderEdits, path_edit
 from gateway.router import Router
+from gateway.websocket.metering import Metering
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class PlanOnRoute:
     admission: Admission
     headers: PlanHeaders
     plain_headers: Callable[[Sequence[int]], Headers]
+    metering: Metering | None = None  # of what goes through WebSockets
 
 
 class RouteRuntime:
@@ -65,6 +68,7 @@ class RouteRuntime:
         "pool",
         "response_fields",
         "route",
+        "websocket",
     )
 
     def __init__(
@@ -95,6 +99,7 @@ class RouteRuntime:
         self._edits = HeaderEdits(rules.request) if rules.request is not None else None
         self._path = path_edit(route.strip_prefix, rules.add_prefix, rules.rewrite)
         self.route = route
+        self.websocket = route.websocket
         self.pool = pool
         self.plans = plans
         self.anonymous = plans[route.plan] if route.keyless else None
@@ -187,9 +192,10 @@ class Runtime:
             name: PlanHeaders(plan, snapshot.meters, ratelimit=flags.ratelimit, legacy=flags.legacy)
             for name, plan in snapshot.plans.items()
         }
-        self.router: Router[RouteRuntime | StaticRoute] = Router(
-            (route, self._route(route, calendars, headers)) for route in snapshot.routes
-        )
+        routes = [(route, self._route(route, calendars, headers)) for route in snapshot.routes]
+        self.router: Router[RouteRuntime | StaticRoute] = Router(routes)
+        # By name: what goes on longer than a configuration finds its route again.
+        self.routes = {r.name: value for r, value in routes if isinstance(value, RouteRuntime)}
         self.has_cors = any(route.rules.cors is not None for route in snapshot.routes)
         self.match_host = self.router.by_host
 
@@ -210,33 +216,18 @@ class Runtime:
         key = snapshot.settings.gateway.key
         if route.rules.answer is not None:
             return StaticRoute(route, route.rules.answer, key)
-        waits = route.reserve or bool(route.actual)
-        reserve_ms = snapshot.settings.gateway.reservation_ms if waits else 0
-        keep = None if route.reserve or not route.actual else kept_at_head(route)
         plans = {}
         for name, plan in snapshot.plans.items():
             if route.keyless and name != route.plan:
                 continue
-            program = compile_program(
+            admission = self._admission(route, plan, calendars, route.costs)
+            plans[name] = PlanOnRoute(
                 plan,
-                route.costs,
-                snapshot.meters,
-                calendars,
-                durable=not route.keyless,
-                reserve_ms=reserve_ms,
-                keep=keep,
-                corrected=[rule.meter for rule in route.actual],
+                admission,
+                headers[name],
+                headers[name].plain(admission.policies),
+                self._metering(route, plan, calendars),
             )
-            policies = tuple(policy_of(limit, snapshot.meters) for limit in program.limits)
-            admission = Admission(
-                program,
-                policies,
-                plan.interval_months,
-                self._outage(route, plan, program),
-                route.charged,
-                CostOnRoute(route, program.watch, program.watch_calendar) if route.actual else None,
-            )
-            plans[name] = PlanOnRoute(plan, admission, headers[name], headers[name].plain(policies))
         pool = self.pools[snapshot.upstreams[route.upstream]]
         earlier = snapshot.routes[: snapshot.routes.index(route)]
         return RouteRuntime(
@@ -248,3 +239,42 @@ class Runtime:
             self.drop_response_headers,
             Lookalikes.of(route, earlier),
         )
+
+    def _admission(
+        self,
+        route: Route,
+        plan: Plan,
+        calendars: CalendarUse,
+        costs: Mapping[str, int],
+        *,
+        within: bool = False,
+    ) -> Admission:
+        """What a request asks; or, `within` one that was admitted, what goes through it."""
+        snapshot = self.snapshot
+        actual = () if within else route.actual
+        reserves = (route.reserve and not within) or bool(actual)
+        program = compile_program(
+            plan,
+            costs,
+            snapshot.meters,
+            calendars,
+            durable=not route.keyless,
+            reserve_ms=snapshot.settings.gateway.reservation_ms if reserves else 0,
+            keep=kept_at_head(route) if actual and not route.reserve else None,
+            corrected=[rule.meter for rule in actual],
+            slots=not within,
+        )
+        return Admission(
+            program,
+            tuple(policy_of(limit, snapshot.meters) for limit in program.limits),
+            plan.interval_months,
+            self._outage(route, plan, program),
+            route.charged,
+            CostOnRoute(route, program.watch, program.watch_calendar) if actual else None,
+        )
+
+    def _metering(self, route: Route, plan: Plan, calendars: CalendarUse) -> Metering | None:
+        if route.websocket is None or not route.websocket.costs:
+            return None
+        compiled = partial(self._admission, route, plan, calendars, within=True)
+        return Metering(route.websocket.costs, compiled)

@@ -19,8 +19,8 @@ from core.config import Snapshot, load
 from core.errors import TallygateError
 from core.telemetry import logs
 from gateway.app import Gateway
-from gateway.http.server import HttpServer, Limits
-from gateway.listeners import HTTP, Listener
+from gateway.http.server import HANDSHAKES, HttpServer, Limits
+from gateway.listeners import HTTPS, Listener
 from gateway.proxy import watch
 
 _log = logs.get_logger()
@@ -83,7 +83,7 @@ async def _serve(start: Start, snapshot: Snapshot) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLD)
-    client = snapshot.settings.gateway.client
+    client, http2 = snapshot.settings.gateway.client, snapshot.settings.gateway.http2
     watch.current().body_ticks = watch.ticks(client.body_timeout_ms / 1000)
     server = HttpServer(
         gateway,
@@ -94,8 +94,13 @@ async def _serve(start: Start, snapshot: Snapshot) -> None:
             head_s=-(-client.head_timeout_ms // 1000),
             keepalive_s=-(-client.idle_timeout_ms // 1000),
             connections=_connections(snapshot),
+            streams=http2.max_streams,
+            stream_window=http2.stream_window,
+            connection_window=http2.connection_window,
         ),
         refuse=gateway.refuse,
+        event=gateway.client_event,
+        h2c=http2.h2c,
     )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -108,7 +113,7 @@ async def _serve(start: Start, snapshot: Snapshot) -> None:
         if start.connected:
             await _until_connected(gateway, stop)
         if gateway.fatal is None and not stop.is_set():
-            await _listen(server, start)
+            await _listen(server, gateway, start)
             await stop.wait()
             await _leave(server, gateway, start)
             await server.drain(snapshot.settings.gateway.drain_ms / 1000)
@@ -126,11 +131,12 @@ async def _until_connected(gateway: Gateway, stop: asyncio.Event) -> None:
         await asyncio.sleep(_CONNECTED_POLL_S)
 
 
-async def _listen(server: HttpServer, start: Start) -> None:
+async def _listen(server: HttpServer, gateway: Gateway, start: Start) -> None:
     for listener in start.listeners:
-        if listener.kind != HTTP:  # never plain text where somebody expects TLS
-            raise TallygateError(f"LISTEN_FDNAMES: {listener.kind}: TLS is not supported yet")
-        await server.listen(listener.sock)
+        if listener.kind == HTTPS and gateway.tls is None:
+            # Never plain text where somebody expects TLS.
+            raise TallygateError("a socket for https, and no gateway.tls: name certificate and key")
+        await server.listen(listener.sock, gateway.tls if listener.kind == HTTPS else None)
     if start.ready_fd >= 0:
         os.write(start.ready_fd, b"1")
         os.close(start.ready_fd)
@@ -162,7 +168,8 @@ def _connections(snapshot: Snapshot) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     upstreams = sum(upstream.max_connections for upstream in snapshot.upstreams.values())
-    left = soft - upstreams - _RESERVED_FILES
+    handshakes = HANDSHAKES if snapshot.settings.gateway.tls is not None else 0
+    left = soft - upstreams - _RESERVED_FILES - handshakes
     if left < _FEW_FILES:
         _log.warning("few_files", connections=max(1, left), fix="raise the limit: ulimit -n")
     return max(1, min(_MAX_CONNECTIONS, left))

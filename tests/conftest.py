@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.servers import flush, redis_binaries, server_directory
+from tests.support.servers import NewDatabase, flush, redis_binaries, server_directory
 
 if TYPE_CHECKING:
     from cli.embedded import EmbeddedPostgres, EmbeddedValkey
+
+# Modules that assert for several tests: with the values in the message, as in a test.
+pytest.register_assert_rewrite("tests.differential.differences", "tests.hardening.check")
 
 _BINARIES = redis_binaries()
 _TEMPLATE = "template_migrated"
@@ -119,6 +122,20 @@ def _migrated(postgres_server: EmbeddedPostgres) -> str:
     _execute(postgres_server.url, f"CREATE DATABASE {_TEMPLATE}")
     asyncio.run(migrate(postgres_server.url_of(_TEMPLATE)))
     return _TEMPLATE
+
+
+@pytest.fixture(scope="session")
+def new_database(postgres_server: EmbeddedPostgres, _migrated: str) -> NewDatabase:
+    """Makes fresh, migrated databases that live as long as the session's server."""
+
+    def make() -> str:
+        name = f"kept_{os.getpid()}_{next(_numbers)}"
+        _execute(
+            postgres_server.url, f"CREATE DATABASE {name} TEMPLATE {_migrated} STRATEGY FILE_COPY"
+        )
+        return postgres_server.url_of(name)
+
+    return make
 
 
 def _fresh_database(server: EmbeddedPostgres, template: str) -> Iterator[str]:

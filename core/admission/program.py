@@ -252,6 +252,7 @@ def compile_program(
     event: bool = False,
     keep: Mapping[str, int] | None = None,
     corrected: Collection[str] = (),
+    slots: bool = True,
 ) -> Program:
     """The program of a plan for one set of costs (meter name to units; 0 leaves a meter out).
 
@@ -260,7 +261,8 @@ def compile_program(
     month or year. With `reserve_ms` an admitted check is a reservation, to be settled within that
     time; of one that is not, the units in `keep` stay charged. The cost of the `corrected` meters
     is an estimate, settled by what it really was. `event` is for usage that is reported, not
-    proxied: quotas alone apply to it.
+    proxied: quotas alone apply to it. Without `slots` concurrency limits are left out: for what
+    happens within a request that holds its own.
 
     Raises:
         KeyError: a cost names a meter that is not in `meters`.
@@ -270,7 +272,7 @@ def compile_program(
     limits = tuple(
         limit
         for limit in plan_limits
-        if (isinstance(limit, Concurrency) or limit.meter in builder.costs)
+        if (slots if isinstance(limit, Concurrency) else limit.meter in builder.costs)
         and (not event or isinstance(limit, Quota))
     )
     if durable:

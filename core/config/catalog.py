@@ -43,6 +43,7 @@ from core.config.fields import (
 from core.config.outcome import OutcomeSpec
 from core.config.rules import RuleKeys
 from core.config.units import UnitError
+from core.config.websocket import WebSocketField
 from core.policy import REQUESTS, Action, Aggregation, PeriodKind, Status
 
 # The key that tells each form of limit, and how that form is written.
@@ -304,6 +305,9 @@ class RouteSpec(RuleKeys):
         default="closed",
         description="While Redis does not answer: closed refuses (503), open admits, local admits "
         "within this worker's share of each limit; what is admitted is counted afterwards.",
+    )
+    websocket: WebSocketField = Field(
+        default=None, description="true, or how WebSockets are served; they are not by default."
     )
 
 

@@ -19,6 +19,7 @@ from core.config.models import Config, ControlSettings, GatewaySettings
 from core.config.problems import Problems
 from core.config.routing import compile_routes
 from core.config.snapshot import Snapshot
+from core.config.tls import TLS_LISTEN
 from core.config.units import UnitError
 from core.config.upstream_compile import compile_upstreams
 from core.errors import ConfigError
@@ -94,23 +95,33 @@ def _fill_in(data: dict[str, Any], env: Mapping[str, str]) -> None:
 
 
 def _check_addresses(data: Mapping[str, Any], problems: Problems) -> None:
-    """Gateway and control cannot share an address; a wildcard host shares with every other."""
-    gateway = _listen(data, "gateway", GatewaySettings().listen)
-    control = _listen(data, "control", ControlSettings().listen)
-    if gateway is None or control is None or gateway.port != control.port:
+    """No two listeners can share an address; a wildcard host shares with every other."""
+    gateway = _listen(mapping(data, "gateway"), GatewaySettings().listen)
+    control = _listen(mapping(data, "control"), ControlSettings().listen)
+    # Said where it is written, as the other one may be a default.
+    section = "control" if "listen" in mapping(data, "control") else "gateway"
+    other = f"gateway.listen ({gateway})" if section == "control" else f"control.listen ({control})"
+    _check_apart(gateway, control, (section, "listen"), other, problems)
+    tls = mapping(mapping(data, "gateway"), "tls")
+    if tls:
+        address = _listen(tls, TLS_LISTEN)
+        where = ("gateway", "tls", "listen")
+        _check_apart(address, gateway, where, f"gateway.listen ({gateway})", problems)
+        _check_apart(address, control, where, f"control.listen ({control})", problems)
+
+
+def _check_apart(
+    one: Address | None, two: Address | None, where: tuple[str, ...], other: str, problems: Problems
+) -> None:
+    if one is None or two is None or one.port != two.port:
         return
     wildcards = {"0.0.0.0", "::"}  # noqa: S104 - recognised, not listened on
-    if gateway.host == control.host or wildcards & {gateway.host, control.host}:
-        # Said where it is written, as the other one may be a default.
-        section = "control" if "listen" in mapping(data, "control") else "gateway"
-        other = (
-            f"gateway.listen ({gateway})" if section == "control" else f"control.listen ({control})"
-        )
-        problems.add((section, "listen"), f"already taken by {other}; change the port of one")
+    if one.host == two.host or wildcards & {one.host, two.host}:
+        problems.add(where, f"already taken by {other}; change the port of one")
 
 
-def _listen(data: Mapping[str, Any], section: str, default: Address) -> Address | None:
-    raw = mapping(data, section).get("listen")
+def _listen(section: Mapping[str, Any], default: Address) -> Address | None:
+    raw = section.get("listen")
     try:
         return default if raw is None else parse_address(raw)
     except UnitError:

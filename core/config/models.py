@@ -32,6 +32,7 @@ from core.config.fields import (
     preset,
     store_url,
 )
+from core.config.tls import Http2Settings, TlsSettings
 from core.config.upstreams import UpstreamSpec
 
 MIN_HOURS_MS = 62 * 86_400_000
@@ -128,6 +129,12 @@ class GatewaySettings(Section):
     )
     client: ClientSettings = Field(
         default_factory=ClientSettings, description="Sizes and times of clients' requests."
+    )
+    tls: TlsSettings | None = Field(
+        default=None, description="HTTPS, on an address of its own beside `listen`."
+    )
+    http2: Http2Settings = Field(
+        default_factory=Http2Settings, description="HTTP/2 towards clients."
     )
     headers: HeaderSettings = Field(
         default_factory=HeaderSettings, description="Which limit headers an answer carries."

@@ -29,6 +29,11 @@ _NEVER = (-1, -1, -1, -1)  # what no stat answers
 # them. Attribute paths: a duration's ends in _ms, which its key in the file does not.
 RESTART_SETTINGS = (
     "gateway.listen",
+    "gateway.tls.listen",
+    "gateway.http2.h2c",
+    "gateway.http2.max_streams",
+    "gateway.http2.stream_window",
+    "gateway.http2.connection_window",
     "gateway.workers",
     "gateway.key_cache.size",
     "gateway.key_cache.ttl_ms",
@@ -56,7 +61,8 @@ def restart_needed(old: Snapshot, new: Snapshot) -> list[str]:
 
     def value(snapshot: Snapshot, path: str) -> object:
         settings: object = snapshot.settings
-        return reduce(getattr, path.split("."), settings)
+        # A section that is left out altogether has no settings.
+        return reduce(lambda section, name: getattr(section, name, None), path.split("."), settings)
 
     return [
         path.removesuffix("_ms")

@@ -14,6 +14,7 @@ from core.config.outcome import OutcomeSpec, compile_cost
 from core.config.problems import Problems, did_you_mean, dotted
 from core.config.ruling import check_upstream, compile_rules
 from core.config.upstream_compile import statuses
+from core.config.websocket_compile import compile_websocket, refer_websocket
 from core.policy import OutageMode, Route
 
 _LONGEST_NAME = 63
@@ -100,6 +101,7 @@ def _refer(
         problems.add((*path, "upstream"), f"unknown upstream; declare it under upstreams{hint}")
     for meter in mapping(raw, "meters"):
         meters.refer((*path, "meters", meter), meter, value=False)
+    refer_websocket(path, raw, meters, problems)
     keyless = raw.get("keyless") in (True, "true")
     if keyless and plan is None:
         problems.add((*path, "plan"), "a keyless route needs a plan; name one", value=False)
@@ -163,6 +165,8 @@ def _route(
                 problems.add(
                     at, "nobody to charge: a keyless route has no customer; write an amount"
                 )
+            if spec.websocket is not None:
+                problems.add(at, "no answer to a WebSocket says what it costs; write an amount")
             if rule is not None:
                 actual.append(rule)
                 costs[meter] = rule.estimate
@@ -195,6 +199,7 @@ def _route(
             max_body=max_body,
             problems=problems,
         ),
+        websocket=compile_websocket(path, spec.websocket, meters),
     )
 
 

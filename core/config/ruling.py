@@ -26,7 +26,7 @@ _SAFE = "/!$&'()*+,;=:@~%"
 # Keys that say something of an upstream, or of a charge.
 _NOT_WITH_RESPOND = (
     "strip_prefix", "add_prefix", "rewrite", "host", "request_headers", "response_headers",
-    "max_body", "meters", "keyless", "plan", "forward_key", "charge", "outage",
+    "max_body", "meters", "keyless", "plan", "forward_key", "charge", "outage", "websocket",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from core.config import Snapshot
 from core.db import connect_pool
-from core.doctor import config, postgres, redis
+from core.doctor import config, postgres, redis, tls
 from core.doctor.findings import Crash, Diagnosis, Finding, Severity
 from core.errors import StoreUnavailableError
 from core.redis import survey
@@ -32,6 +32,7 @@ async def diagnose(
             *await _redis(snapshot, redis_url, timeout_s),
             *await _postgres(snapshot, postgres_url, timeout_s),
             *config.examine(snapshot),
+            *tls.examine(snapshot),
         )
     )
 

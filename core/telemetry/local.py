@@ -104,6 +104,10 @@ class LocalMetrics:
         self.upstream_errors = LocalCounter(metrics.upstream_errors)  # inc(upstream, kind)
         self.costs_settled = LocalCounter(metrics.costs_settled)  # inc(meter, source, result)
         self.cost_units = LocalCounter(metrics.cost_units)  # add(units, meter, which)
+        self.websocket_messages = LocalCounter(metrics.websocket_messages)
+        self.websocket_bytes = LocalCounter(metrics.websocket_bytes)
+        self.websocket_closed = LocalCounter(metrics.websocket_closed)  # inc(route, who, code)
+        self.websockets: defaultdict[str, int] = defaultdict(int)  # open, by route
         self._upstreams: dict[str, LocalHistogram] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.before_flush: Callable[[], object] | None = None  # brings gauges up to date
@@ -130,6 +134,8 @@ class LocalMetrics:
         for part in self._parts():
             part.flush()
         self._metrics.requests_in_flight.set(self.in_flight)
+        for route, count in self.websockets.items():
+            self._metrics.websockets.labels(route).set(count)
         dropped = logs.take_dropped()
         if dropped:
             self._metrics.log_lines_dropped.inc(dropped)
@@ -158,6 +164,9 @@ class LocalMetrics:
             self.upstream_errors,
             self.costs_settled,
             self.cost_units,
+            self.websocket_messages,
+            self.websocket_bytes,
+            self.websocket_closed,
             *self._upstreams.values(),
         ]
 
@@ -166,6 +175,7 @@ class LocalMetrics:
         for part in self._parts():
             part.discard()
         self.in_flight = 0
+        self.websockets.clear()
         self._timer = None
         self.before_flush = None
 

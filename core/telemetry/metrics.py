@@ -88,6 +88,24 @@ class Metrics:
         self.client_connections = _gauge(
             "client_connections", "Connections of clients that are open.", "livesum"
         )
+        self.client_events = _counter(
+            "client_events_total",
+            "Connections of clients that were ended early: tls_timeout, tls_refused (no common "
+            "version, or no certificate of a client), tls_closed, h2_protocol, h2_resets, "
+            "h2_flood, h2_headers, h2_continuations; and grpc, calls answered as unimplemented.",
+            "kind",
+        )
+        self.certificate_expiry = _gauge(
+            "certificate_expiry_timestamp_seconds",
+            "When a certificate that is shown to clients ends, in seconds since 1970, by file.",
+            "livemin",
+            "file",
+        )
+        self.certificate_reloads = _counter(
+            "certificate_reloads_total",
+            "Certificates read again: applied, or refused and the ones before kept.",
+            "result",
+        )
         self.admission_seconds = _histogram(
             "admission_seconds",
             "Time a request waited for its decision, batching and Redis included.",
@@ -200,6 +218,25 @@ class Metrics:
         self.upstream_dns_failures = _counter(
             "upstream_dns_failures_total", "Names that could not be resolved any more.", "upstream"
         )
+
+        # Gateway: WebSockets.
+        self.websockets = _gauge("websockets", "WebSockets that are open.", "livesum", "route")
+        self.websocket_messages = _counter(
+            "websocket_messages_total",
+            "Messages passed on, by direction: in (of clients), out.",
+            "route", "direction",
+        )  # fmt: skip
+        self.websocket_bytes = _counter(
+            "websocket_bytes_total",
+            "Bytes of payload passed on, as they were on the wire.",
+            "route", "direction",
+        )  # fmt: skip
+        self.websocket_closed = _counter(
+            "websocket_closed_total",
+            "WebSockets that ended, by who ended them (client, upstream, gateway) and close code: "
+            "1000 to 1015, 3xxx, 4xxx, other; 1006 is a connection lost.",
+            "route", "who", "code",
+        )  # fmt: skip
 
         # All processes.
         self.processes = _gauge(

@@ -72,6 +72,17 @@ def quota_exceeded(
     )
 
 
+def upgrade_required(detail: str, *, request_id: str) -> Problem:
+    """426: a WebSocket of a version that is not spoken here."""
+    fields = [
+        (b"sec-websocket-version", b"13"),
+        (b"upgrade", b"websocket"),
+        (b"connection", b"upgrade"),
+    ]
+    kind = OWN_BASE + "upgrade-required"
+    return _problem(426, kind, "Upgrade required", detail, request_id, fields)
+
+
 def temporary_reduced_capacity(
     retry_after: int, *, request_id: str, policies: Sequence[str] = ()
 ) -> Problem:

@@ -43,6 +43,11 @@ class Body:
         self.complete = False
         self.trailers: list[Header] = []
 
+    @property
+    def paused(self) -> bool:
+        """The client was told to pause."""
+        return self._paused
+
     def feed(self, data: bytes) -> None:
         self._chunks.append(data)
         self.unread += len(data)
@@ -52,6 +57,8 @@ class Body:
         self._wake()
 
     def finish(self) -> None:
+        if self._error is not None:
+            return
         self.complete = True
         if self._paused:
             self._paused = False

@@ -108,7 +108,17 @@ class Exchange:
 
 
 class Tunnel(asyncio.Protocol):
-    """What a connection goes on with after `take_over`."""
+    """What a connection goes on with after `take_over`.
+
+    Attributes:
+        task: the handler's, which ends when the tunnel has.
+        on_closed: to be called once, when the connection is closed.
+    """
+
+    __slots__ = ("on_closed", "task")
+
+    task: asyncio.Task[None] | None
+    on_closed: Callable[[], object] | None
 
     @abstractmethod
     def going_away(self) -> None:

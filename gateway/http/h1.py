@@ -12,7 +12,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 from httptools import (
     HttpParserError,
@@ -21,9 +21,10 @@ from httptools import (
     HttpRequestParser,
 )
 
+from gateway.http.base import Connection, descriptor
 from gateway.http.body import Body
 from gateway.http.errors import BadRequest, ClientDisconnected
-from gateway.http.exchange import Exchange
+from gateway.http.exchange import Exchange, Tunnel
 from gateway.http.message import NO_BODY, STATUS_LINES, Header, Request
 from gateway.http.target import TargetError, parse_target
 
@@ -38,7 +39,7 @@ _HELD_MAX: Final = 64 * 1024
 # How long a connection that we have closed for writing is read, so that the client reads our answer
 # and not a reset; and how much of it.
 _LINGER_S: Final = 2
-_LINGER_BYTES: Final = 1024 * 1024
+_LINGER_BYTES: Final = 64 * 1024 * 1024
 # Bodies up to this are joined to their head: one system call, one small copy.
 _JOIN_MAX: Final = 16 * 1024
 
@@ -47,11 +48,23 @@ _NOTED: Final = frozenset(
     (b"content-length", b"transfer-encoding", b"connection", b"expect", b"upgrade", b"host")
 )
 
+# Methods as llhttp names them. Not here, and so refused: CONNECT, as no tunnel is opened for
+# anybody, and the methods of RTSP and ICE, which llhttp reads as well.
+_METHODS: Final = {
+    name.encode(): name
+    for name in (
+        *("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "QUERY"),
+        *("COPY", "LOCK", "UNLOCK", "MOVE", "MKCOL", "PROPFIND", "PROPPATCH", "SEARCH", "ACL"),
+        *("BIND", "REBIND", "UNBIND", "LINK", "UNLINK", "REPORT", "MERGE", "MKACTIVITY"),
+        *("CHECKOUT", "MKCALENDAR", "M-SEARCH", "NOTIFY", "SUBSCRIBE", "UNSUBSCRIBE", "PURGE"),
+    )
+}
+
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
-class ClientConnection(asyncio.Protocol):
-    """`deadline` is in the server's ticks; 0 while nothing is expected of the client."""
+class ClientConnection(Connection):
+    """One connection, and the requests on it one after the other."""
 
     __slots__ = (
         "_active",
@@ -60,6 +73,7 @@ class ClientConnection(asyncio.Protocol):
         "_drain_waiter",
         "_expect",
         "_fault",
+        "_got_data",
         "_head_bytes",
         "_headers",
         "_held",
@@ -73,11 +87,11 @@ class ClientConnection(asyncio.Protocol):
         "_refed",
         "_refusal",
         "_server",
+        "_stalled",
         "_target",
         "_transport",
         "_upgrade",
         "_write_paused",
-        "deadline",
         "parser",
         "peer",
         "scheme",
@@ -94,15 +108,17 @@ class ClientConnection(asyncio.Protocol):
         self._queue: deque[Http1Exchange] | None = None
         self._body: Body | None = None  # of the request that is being received
         self._held = b""
-        self._close = False  # after the answer under way
+        self._close = False  # nothing that may still come is a request
         self._refusal: tuple[int, str, str] | None = None
         self._fault: tuple[int, str, str] | None = None
         self._lingering = -1  # bytes still to be read for nothing; -1 when not closing
         self._paused = False
         self._write_paused = False
+        self._stalled = False  # the next request waits until the client takes the last answer
         self._drain_waiter: asyncio.Future[None] | None = None
         self._in_head = False
         self._head_bytes = 0
+        self._got_data = False  # of a body, in the bytes that were just parsed
         self._refed = False
         self._begin_head()
 
@@ -144,18 +160,29 @@ class ClientConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._write_paused = False
         self._release_drain()
+        if self._stalled:
+            self._stalled = False
+            if self._transport is not None and self._lingering < 0:
+                self._pause(self._body is not None and self._body.paused)
+                self._go_on()
 
     def data_received(self, data: bytes) -> None:
         if self._lingering >= 0:
             self._lingering -= len(data)
             if self._lingering < 0 and self._transport is not None:
                 self._transport.abort()
-        elif self._held or (self._active is not None and self._body is None):
+        elif self._held or self._must_hold():
             self._hold(data)
         elif len(data) <= _SLICE:
             self._feed(data)
         else:
             self._feed_slices(data)
+
+    def _must_hold(self) -> bool:
+        """What comes now is no part of the request being answered: it is not read yet."""
+        if self._active is None:
+            return self._stalled
+        return self._body is None or bool(self._queue)
 
     def _hold(self, data: bytes) -> None:
         """Sent ahead of an answer: it waits for its turn."""
@@ -166,7 +193,7 @@ class ClientConnection(asyncio.Protocol):
             self._pause(True)
 
     def _feed_held(self) -> None:
-        if self._active is None and self._transport is not None and self._lingering < 0:
+        if self._transport is not None and self._lingering < 0 and not self._must_hold():
             held, self._held = self._held, b""
             self._pause(False)
             self._feed_slices(held)
@@ -174,7 +201,7 @@ class ClientConnection(asyncio.Protocol):
     def _feed_slices(self, data: bytes) -> None:
         at = 0
         while at < len(data) and self._transport is not None:
-            if self._active is not None and self._body is None:
+            if self._must_hold():
                 self._hold(data[at:])
                 return
             size = _SLICE if self._body is None else max(_SLICE, min(self._length, _HELD_MAX))
@@ -193,6 +220,22 @@ class ClientConnection(asyncio.Protocol):
             self._unreadable(error)
         if self._in_head:
             self._head_arrives(len(data))
+        elif self._body is not None:
+            self._body_arrives(len(data))
+
+    def _body_arrives(self, count: int) -> None:
+        """Of a body, what is no data (chunk extensions, trailers) has the size of a head."""
+        if self._got_data:
+            self._got_data = False
+            self._head_bytes = 0
+            return
+        self._head_bytes += count
+        if self._head_bytes > self._server.limits.head:
+            body, self._body = self._body, None
+            assert body is not None
+            body.fail(BadRequest("chunk extensions or trailers are too large"))
+            self._close = True
+            self.parser = None  # nothing more of it is read
 
     def _head_arrives(self, count: int) -> None:
         """A head is not complete yet: it has its time and its size."""
@@ -253,9 +296,10 @@ class ClientConnection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
         if self._in_head:
-            self._headers.append((name, value))
             if name in _NOTED:
+                value = value.rstrip(b" \t")  # llhttp leaves it on
                 self._note(name, value)
+            self._headers.append((name, value))
         elif self._body is not None and not self._refed:
             if len(self._body.trailers) >= self._server.limits.fields:
                 self._fail(431, "too-many-fields", "There are too many trailer fields.")
@@ -269,10 +313,12 @@ class ClientConnection(asyncio.Protocol):
         parser = self.parser
         assert parser is not None
         version: str = parser.get_http_version()
-        method: str = parser.get_method().decode()
+        method = _METHODS.get(parser.get_method())
+        if method is None:
+            self._fail(501, "method-unknown", "The method is none that is served here.")
         target = self._target
         limits = self._server.limits
-        if target[:1] != b"/" or version != "1.1":
+        if target[:1] != b"/" or version != "1.1" or b"#" in target:
             target = self._unusual(method, target, version)
         if len(target) > limits.target:
             self._fail(414, "target-too-long", f"The URL is longer than {limits.target} bytes.")
@@ -289,13 +335,15 @@ class ClientConnection(asyncio.Protocol):
         )
         exchange = Http1Exchange(request, self)
         if self._length:
-            if self._expect and self._expect != b"100-continue":
+            if version == "1.0":
+                self._expect = b""  # RFC 9110 section 10.1.1: not to be heeded
+            elif self._expect and self._expect != b"100-continue":
                 self._fail(417, "expectation-failed", "Nothing but 100-continue can be expected.")
             exchange.expects = bool(self._expect)
             exchange.body = self._body = Body(self._pause)
         if self._keep_alive < 0 or (version == "1.0" and self._keep_alive != 1):
-            self._close = True
-        exchange.says_keep_alive = version == "1.0" and not self._close
+            self._close = exchange.last = True
+        exchange.says_keep_alive = version == "1.0" and not exchange.last
         if self._active is None:
             self._activate(exchange)
         elif self._queue is None:
@@ -305,12 +353,14 @@ class ClientConnection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         if self._body is not None:
+            self._got_data = True
             self._body.feed(data)
 
     def on_message_complete(self) -> None:
         body = self._body
         if body is not None and not self._upgrade_pending():
             self._body = None
+            self._head_bytes = 0
             body.finish()
 
     def _upgrade_pending(self) -> bool:
@@ -326,17 +376,17 @@ class ClientConnection(asyncio.Protocol):
         if name == b"content-length":
             self._length = int(value)
         elif name == b"transfer-encoding":
-            if value.strip().lower() != b"chunked" or self._length:
+            if value.lower() != b"chunked" or self._length:
                 self._fail(501, "encoding-unknown", "The only transfer encoding is chunked.")
             self._length = -1
         elif name == b"connection":
-            value = value.lower()
-            if b"close" in value:
+            options = [option.strip() for option in value.lower().split(b",")]
+            if b"close" in options:
                 self._keep_alive = -1
-            elif b"keep-alive" in value and not self._keep_alive:
+            elif b"keep-alive" in options and not self._keep_alive:
                 self._keep_alive = 1
         elif name == b"expect":
-            self._expect = value.strip().lower()
+            self._expect = value.lower()
         elif name == b"upgrade":
             self._upgrade = True
         else:
@@ -351,9 +401,8 @@ class ClientConnection(asyncio.Protocol):
             return parse_target(method, target, self._host)
         except TargetError as error:
             self._fail(error.status, "bad-target", str(error))
-            raise
 
-    def _fail(self, status: int, code: str, detail: str) -> None:
+    def _fail(self, status: int, code: str, detail: str) -> NoReturn:
         """Stop parsing: httptools makes an HttpParserError of it, and `_unreadable` the answer."""
         self._fault = (status, code, detail)
         raise ValueError(detail)
@@ -370,12 +419,25 @@ class ClientConnection(asyncio.Protocol):
         if self._active is not exchange or self._transport is None:
             return
         # While draining, an answer that began before did not say that it is the last one.
-        if self._close or not exchange.body_complete:
+        if exchange.last or not exchange.body_complete:
             self.close()
             return
         self._active = None
+        if self._write_paused:
+            # A client that sends requests ahead and reads no answers: none is begun, and nothing
+            # more read, until it has taken what there is.
+            self._stalled = True
+            self._pause(True)
+            self.deadline = self._server.tick + self._server.limits.keepalive_s
+            return
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """The next request, or the wait for one."""
         if self._queue:
             self._activate(self._queue.popleft())
+            if self._held and not self._must_hold():  # the rest of its body
+                self._server.loop.call_soon(self._feed_held)
             return
         limits = self._server.limits
         self.deadline = self._server.tick + (limits.head_s if self._in_head else limits.keepalive_s)
@@ -420,15 +482,11 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = 0
         if self._lingering >= 0:
             self._transport.abort()
-        elif self._in_head and self._head_bytes:
+        elif self._in_head and self._head_bytes and not self._stalled:
             self._in_head = False
             self._refuse(408, "request-timeout", "The request took too long to arrive.")
         else:
-            self._transport.close()
-
-    def close_after(self) -> None:
-        """The answer under way is the last one of this connection."""
-        self._close = True
+            self._close_soon(self._transport)
 
     @property
     def idle(self) -> bool:
@@ -436,14 +494,15 @@ class ClientConnection(asyncio.Protocol):
         return self._active is None and not self._in_head
 
     @property
-    def task(self) -> asyncio.Task[None] | None:
-        """That of the request being answered."""
-        return None if self._active is None else self._active.task
+    def tasks(self) -> Sequence[asyncio.Task[None]]:
+        task = None if self._active is None else self._active.task
+        return () if task is None else (task,)
+
+    def leave(self) -> None:
+        """Nothing to do: the next answer says that it is the last."""
 
     def fileno(self) -> int:
-        """The socket's descriptor; -1 once it is closed."""
-        sock = None if self._transport is None else self._transport.get_extra_info("socket")
-        return -1 if sock is None else int(sock.fileno())
+        return descriptor(self._transport)
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -471,7 +530,14 @@ class ClientConnection(asyncio.Protocol):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             transport.abort()
         else:
-            transport.close()
+            self._close_soon(transport)
+
+    def _close_soon(self, transport: asyncio.Transport) -> None:
+        """Close once all is written, or after a while where the client takes nothing of it."""
+        self._held = b""
+        self._lingering = _LINGER_BYTES
+        self.deadline = self._server.tick + _LINGER_S + 1
+        transport.close()
 
     def write(self, data: bytes) -> None:
         if self._transport is not None:
@@ -494,10 +560,6 @@ class ClientConnection(asyncio.Protocol):
     def server(self) -> HttpServer:
         return self._server
 
-    @property
-    def closing(self) -> bool:
-        return self._close or self._server.draining
-
     def _release_drain(self) -> None:
         waiter, self._drain_waiter = self._drain_waiter, None
         if waiter is not None and not waiter.done():
@@ -516,7 +578,7 @@ class ClientConnection(asyncio.Protocol):
 class Http1Exchange(Exchange):
     """An exchange over HTTP/1.1 or 1.0."""
 
-    __slots__ = ("_chunked", "_conn", "_left", "body", "expects", "says_keep_alive")
+    __slots__ = ("_chunked", "_conn", "_left", "body", "expects", "last", "says_keep_alive")
 
     def __init__(self, request: Request, conn: ClientConnection) -> None:
         self.request = request
@@ -525,6 +587,7 @@ class Http1Exchange(Exchange):
         self.task = None
         self.body: Body | None = None
         self.expects = False
+        self.last = False  # of its connection
         self.says_keep_alive = False
         self._conn = conn
         self._chunked = False
@@ -541,9 +604,9 @@ class Http1Exchange(Exchange):
         conn = self._conn
         if b"\r\ndate: " not in head:
             head += conn.server.date
-        if conn.closing or (self.body is not None and not self.body.complete):
+        if self.last or conn.server.draining or (self.body is not None and not self.body.complete):
             head += b"connection: close\r\n"
-            conn.close_after()
+            self.last = True
         elif self.says_keep_alive:
             head += b"connection: keep-alive\r\n"
         return b"%b%b\r\n" % (head, framing)
@@ -587,7 +650,7 @@ class Http1Exchange(Exchange):
             chunked, left = True, -1
         else:
             framing, left = b"", -1  # the end of the connection is the end of the body
-            self._conn.close_after()
+            self.last = True
         head = self._head(status, headers, framing)
         self.started = True
         self._chunked, self._left = chunked, left
@@ -612,11 +675,18 @@ class Http1Exchange(Exchange):
             return
         self.ended = True
         if self._chunked:
-            fields = b"".join(b"%b: %b\r\n" % pair for pair in trailers)
-            if fields.count(b"\n") != len(trailers):
-                fields = b""
+            fields = b""
+            if trailers and self._takes_trailers():
+                fields = b"".join(b"%b: %b\r\n" % pair for pair in trailers)
+                if fields.count(b"\n") != len(trailers):
+                    fields = b""
             self._conn.write(b"0\r\n%b\r\n" % fields)
         self._conn.finished(self)
+
+    def _takes_trailers(self) -> bool:
+        """RFC 9110 section 6.5.1: the client said so, or they might be lost or misread."""
+        return any(name == b"te" and b"trailers" in value.lower()
+                   for name, value in self.request.headers)  # fmt: skip
 
     def inform(self, status: int, headers: Sequence[Header]) -> None:
         if not self.started and not self.gone and self.request.version == "1.1":
@@ -655,9 +725,10 @@ class Http1Exchange(Exchange):
     def trailers(self) -> Sequence[Header]:
         return () if self.body is None else self.body.trailers
 
-    def take_over(self, protocol: asyncio.Protocol, head: bytes) -> asyncio.Transport:
+    def take_over(self, protocol: Tunnel, head: bytes) -> asyncio.Transport:
         """Ends HTTP on this connection: `head` is written, `protocol` gets the socket."""
         self.started = self.ended = True
+        protocol.task = self.task
         server = self._conn.server
         transport, held = self._conn.detach()
         transport.set_protocol(protocol)

@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
-import ssl
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import partial
 from typing import Final
 
 from core import clock
+from gateway.http.base import Connection
+from gateway.http.choice import FirstBytes
 from gateway.http.exchange import Exchange, Handler, Tunnel
 from gateway.http.h1 import ClientConnection
 from gateway.http.message import Header
+from gateway.http.tls import TlsListener, TlsSource
 
 _SWEEP_S: Final = 1.0
 _BACKLOG: Final = 2_048
@@ -30,6 +33,9 @@ _IDLE_GRACE_S: Final = 1.0
 _DRAIN_POLL_S: Final = 0.05
 # How long tunnels may take to end once they were told to.
 _GOODBYE_S: Final = 1.0
+
+# Handshakes of TLS at once; beyond, the oldest one is given up.
+HANDSHAKES: Final = 1_024
 
 Refuse = Callable[[int, str, str], tuple[list[Header], bytes]]
 
@@ -46,6 +52,9 @@ class Limits:
         keepalive_s: how long a connection may be idle; longer than load balancers keep theirs, or
             they would use one that we are just closing.
         connections: open at once; beyond, an idle one is closed for a new one.
+        streams: requests at once on one connection of HTTP/2.
+        stream_window, connection_window: of request bodies, what a client of HTTP/2 may send ahead
+            of their being read; this is memory.
     """
 
     head: int = 64 * 1024
@@ -54,6 +63,9 @@ class Limits:
     head_s: int = 15
     keepalive_s: int = 75
     connections: int = 65_536
+    streams: int = 128
+    stream_window: int = 256 * 1024
+    connection_window: int = 1024 * 1024
 
 
 class HttpServer:
@@ -61,7 +73,8 @@ class HttpServer:
 
     Attributes:
         tick: seconds since some start, whole; deadlines are in it.
-        date: the Date field of this second.
+        date: the Date field of this second; `date_field` is the same as a pair.
+        h2c: HTTP/2 is spoken without TLS too, with those who begin with its preface.
         draining: answers are the last on their connections.
     """
 
@@ -71,35 +84,50 @@ class HttpServer:
         *,
         limits: Limits | None = None,
         refuse: Refuse,
+        event: Callable[[str], object] | None = None,
+        h2c: bool = False,
         handshake_timeout_s: float = 10.0,
     ) -> None:
-        """`refuse` makes the answer to what is no request: of status, code and a sentence."""
+        """`refuse` makes the answer to what is no request: of status, code and a sentence.
+
+        `event` is told what connections were ended for, other than HTTP/1.1's own reasons:
+        tls_timeout, tls_refused, tls_closed, h2_protocol, h2_resets, h2_flood, h2_headers,
+        h2_continuations; and grpc, a call that was answered as unimplemented.
+        """
         self.loop = asyncio.get_running_loop()
         self.limits = limits or Limits()
         self.refuse = refuse
+        self.event = event or _unheard
+        self.h2c = h2c
         self.draining = False
         self._handler = handler
         self._handshake_timeout_s = handshake_timeout_s
-        self._servers: list[asyncio.Server] = []
-        self._connections: set[ClientConnection] = set()
-        self._tunnels: set[asyncio.Protocol] = set()
+        self._servers: list[asyncio.Server | TlsListener] = []
+        self._listeners: list[TlsListener] = []  # also those that are closed: of their handshakes
+        self._connections: set[Connection] = set()
+        self._tunnels: set[Tunnel] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._sweep()
 
     async def listen(
-        self, sock: socket.socket, tls: ssl.SSLContext | None = None, backlog: int = _BACKLOG
+        self, sock: socket.socket, tls: TlsSource | None = None, backlog: int = _BACKLOG
     ) -> None:
-        """Accept connections on a bound socket."""
-        scheme = "http" if tls is None else "https"
-        self._servers.append(
-            await self.loop.create_server(
-                lambda: ClientConnection(self, scheme),
-                sock=sock,
-                backlog=backlog,
-                ssl=tls,
-                ssl_handshake_timeout=self._handshake_timeout_s if tls is not None else None,
+        """Accept connections on a bound socket; with TLS, under whatever `tls.context` is then."""
+        if tls is not None:
+            listener = TlsListener(self, sock, tls, self._handshake_timeout_s, HANDSHAKES)
+            listener.start(backlog)
+            self._servers.append(listener)
+            self._listeners.append(listener)
+            return
+        if self.h2c:
+            server = await self.loop.create_server(
+                lambda: FirstBytes(self), sock=sock, backlog=backlog
             )
-        )
+        else:
+            server = await self.loop.create_server(
+                lambda: ClientConnection(self, "http"), sock=sock, backlog=backlog
+            )
+        self._servers.append(server)
 
     @property
     def connections(self) -> int:
@@ -116,24 +144,39 @@ class HttpServer:
         """Stop accepting, answer what is under way for so long, then close everything."""
         self.stop_accepting()
         self.draining = True
-        now = clock.monotonic()
+        for connection in tuple(self._connections):
+            connection.leave()
+        now = began = clock.monotonic()
         end, grace = now + seconds, min(_IDLE_GRACE_S, seconds / 2)
-        idle_since: dict[ClientConnection, float] = {}
-        while (self._connections or self._tunnels) and now < end:
+        # Tunnels do not end by themselves, and their clients can connect elsewhere: they are told
+        # within half of the time, one after another, so that not all come back at once.
+        tunnels = list(self._tunnels)
+        pace = len(tunnels) / max(seconds / 2, _DRAIN_POLL_S)
+        told = 0
+        idle_since: dict[Connection, float] = {}
+        while self._left and now < end:
             idle = [connection for connection in self._connections if connection.idle]
             idle_since = {connection: idle_since.get(connection, now) for connection in idle}
             for connection in _silent(c for c, since in idle_since.items() if since + grace <= now):
                 connection.close()
+            while told < len(tunnels) and told <= pace * (now - began):
+                tunnels[told].going_away()
+                told += 1
             await asyncio.sleep(_DRAIN_POLL_S)
             now = clock.monotonic()
         await self._end_tunnels()
         await self.close()
 
+    @property
+    def _left(self) -> bool:
+        """There is somebody to be served, or about to be there: in the middle of a handshake."""
+        handshakes = any(listener.handshakes for listener in self._listeners)
+        return bool(self._connections or self._tunnels or handshakes)
+
     async def _end_tunnels(self) -> None:
         """Each says goodbye in its own protocol, and has a moment to be heard."""
         for tunnel in tuple(self._tunnels):
-            if isinstance(tunnel, Tunnel):
-                tunnel.going_away()
+            tunnel.going_away()
         end = clock.monotonic() + _GOODBYE_S
         while self._tunnels and clock.monotonic() < end:  # noqa: ASYNC110 - rare
             await asyncio.sleep(_DRAIN_POLL_S)
@@ -141,7 +184,10 @@ class HttpServer:
     async def close(self) -> None:
         """Close everything at once."""
         self.stop_accepting()
-        tasks = [task for c in self._connections if (task := c.task) is not None]
+        for listener in self._listeners:
+            await listener.cancel()
+        tasks = [task for connection in self._connections for task in connection.tasks]
+        tasks += [tunnel.task for tunnel in self._tunnels if tunnel.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -157,7 +203,7 @@ class HttpServer:
         """Run the handler on a request."""
         exchange.task = self.loop.create_task(self._handler(exchange))
 
-    def opened(self, connection: ClientConnection) -> None:
+    def opened(self, connection: Connection) -> None:
         if len(self._connections) >= self.limits.connections:
             for other in self._connections:
                 if other.idle:
@@ -167,26 +213,31 @@ class HttpServer:
                 connection.abort()
         self._connections.add(connection)
 
-    def closed(self, connection: ClientConnection) -> None:
+    def closed(self, connection: Connection) -> None:
         self._connections.discard(connection)
 
-    def took_over(self, protocol: asyncio.Protocol) -> None:
+    def took_over(self, tunnel: Tunnel) -> None:
         """A connection goes on as something else than HTTP."""
-        self._tunnels.add(protocol)
-
-    def tunnel_closed(self, protocol: asyncio.Protocol) -> None:
-        self._tunnels.discard(protocol)
+        self._tunnels.add(tunnel)
+        tunnel.on_closed = partial(self._tunnels.discard, tunnel)
+        if self.draining:
+            self.loop.call_soon(tunnel.going_away)
 
     def _sweep(self) -> None:
         self._timer = self.loop.call_later(_SWEEP_S, self._sweep)
         tick = self.tick = int(self.loop.time())
-        self.date = b"date: %b\r\n" % formatdate(clock.now_ms() / 1000, usegmt=True).encode()
+        date = formatdate(clock.now_ms() / 1000, usegmt=True).encode()
+        self.date = b"date: %b\r\n" % date
+        self.date_field: Header = (b"date", date)
         for connection in tuple(self._connections):
             if 0 < connection.deadline <= tick:
                 connection.expire()
 
 
-def _silent(connections: Iterable[ClientConnection]) -> list[ClientConnection]:
+def _unheard(_: str) -> None: ...
+
+
+def _silent(connections: Iterable[Connection]) -> list[Connection]:
     """Those of which nothing waits to be read: closed now, a request would be lost."""
     found = {connection.fileno(): connection for connection in connections}
     poll = select.poll()

@@ -24,10 +24,11 @@ def parse_target(method: str, target: bytes, host: bytes) -> bytes:
     Raises:
         TargetError: it is in none of the forms that may be used here.
     """
+    if b"#" in target:
+        # An upstream that cuts it off would serve another path than the one we matched.
+        raise TargetError("The request target has a fragment; send it without.")
     if target[:1] == b"/":
         return target
-    if method == "CONNECT":
-        raise TargetError("This is no forward proxy: CONNECT is not served.", 501)
     if target == b"*" and method == "OPTIONS":
         return target
     scheme, found, rest = target.partition(b"://")

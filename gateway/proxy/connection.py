@@ -73,8 +73,10 @@ class UpstreamConnection(asyncio.Protocol):
         "_parser_clean",
         "_reading_paused",
         "_saw_close",
+        "_switched",
         "_transport",
         "_until_close",
+        "_upgrade",
         "_waiter",
         "_write_paused",
         "answered",
@@ -116,6 +118,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._drain_waiter: asyncio.Future[None] | None = None
         self._write_paused = False
         self._reading_paused = False
+        self._upgrade = False
         self.busy = False
         self.closed = False
         self.pooled = False  # counted by the pool
@@ -145,14 +148,18 @@ class UpstreamConnection(asyncio.Protocol):
         self._gather = False
         self._until_close = False
         self._saw_close = False
+        self._switched = False
         self._named: tuple[bytes, ...] = ()
         self._fault = ""
         self.trailers: Sequence[Header] = ()
 
     # The consumer's side
 
-    def begin(self, data: bytes, head_request: bool) -> None:
-        """Send a request head (and any body known already) and expect one answer."""
+    def begin(self, data: bytes, head_request: bool, upgrade: bool = False) -> None:
+        """Send a request head (and any body known already) and expect one answer.
+
+        With `upgrade` that may be 101: `detach()` then, and go on in the other protocol.
+        """
         if not self._parser_clean:
             self._parser = HttpResponseParser(self)
             self._parser_clean = True
@@ -160,6 +167,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._reset(head_request)
         else:
             self._head_request = head_request
+        self._upgrade = upgrade
         self.requests += 1
         self.busy = True
         if self._transport is not None and not self.closed:
@@ -174,7 +182,8 @@ class UpstreamConnection(asyncio.Protocol):
         if self.error is not None:
             waiter.set_exception(self.error)
         elif self.closed and not self.complete:
-            waiter.set_exception(self._lost_error())
+            self.error = self._lost_error()  # it went while it was handed over
+            waiter.set_exception(self.error)
         else:
             self._wake()
         return waiter
@@ -220,6 +229,19 @@ class UpstreamConnection(asyncio.Protocol):
             self._drain_waiter = self._loop.create_future()
             await self._drain_waiter
 
+    def detach(self) -> tuple[asyncio.Transport, bytes]:
+        """After a 101: the socket, not being read, and what was read of the other protocol.
+
+        Raises:
+            BadUpstreamResponse: the connection has not switched, or was lost.
+        """
+        transport = self._transport
+        if transport is None or self.closed or not self._switched:
+            raise BadUpstreamResponse("101 without an Upgrade")
+        self._transport = None
+        self.closed = True
+        return transport, self.take()
+
     def finish(self) -> None:
         """The answer was consumed: go idle (`reusable`) without touching the socket."""
         self.busy = False
@@ -263,9 +285,10 @@ class UpstreamConnection(asyncio.Protocol):
         self.answered = True
         try:
             self._parser.feed_data(data)
-        except HttpParserUpgrade:
-            self.fail(BadUpstreamResponse("the upstream switched protocols unasked"))
-            return
+        except HttpParserUpgrade as switch:
+            if not self._switch(data[switch.args[0] :]):
+                self.fail(BadUpstreamResponse("the upstream switched protocols unasked"))
+                return
         except HttpParserError as exc:
             if not self.complete:
                 self.fail(BadUpstreamResponse(f"unreadable answer: {self._fault or exc}"))
@@ -322,7 +345,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if status < 200:
+        if status < 200 and not (status == 101 and self._upgrade):
             self._skip_interim(status)
             return
         if status > 599:
@@ -331,7 +354,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.head_done = True
         if self._named:
             self.headers = [pair for pair in self.headers if pair[0] not in self._named]
-        if self._head_request or status in NO_BODY:
+        if self._head_request or status in NO_BODY or status == 101:
             self._complete_without_body()
         elif self.length == -1:
             self._until_close = True
@@ -402,6 +425,17 @@ class UpstreamConnection(asyncio.Protocol):
         self._named = ()
         self._saw_close = False
 
+    def _switch(self, rest: bytes) -> bool:
+        """What follows is another protocol, and waits for whoever speaks it."""
+        if not self._upgrade or self.status != 101 or self._transport is None:
+            return False
+        self._switched = True
+        self.reusable = False
+        self._chunks = [rest] if rest else []
+        # not `_reading_paused`: taking what is there must not resume it
+        self._transport.pause_reading()
+        return True
+
     def _complete_without_body(self) -> None:
         """HEAD, 204, 304: the head is the message, whatever length it declares.
 
@@ -410,7 +444,8 @@ class UpstreamConnection(asyncio.Protocol):
         """
         self.complete = True
         self._parser_clean = False
-        self.reusable = not self._saw_close and self._parser.get_http_version() == "1.1"
+        keeps = not self._saw_close and self._parser.get_http_version() == "1.1"
+        self.reusable = keeps and self.status != 101
 
     def _wake(self) -> None:
         waiter = self._waiter

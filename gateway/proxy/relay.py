@@ -73,6 +73,7 @@ async def relay(
     before_start: Callable[[int], Awaitable[None]] | None = None,
     balance_key: bytes = b"",
     tap: Tap | None = None,
+    switch: Callable[[UpstreamConnection], Awaitable[None]] | None = None,
 ) -> RelayResult:
     """Relay one admitted request.
 
@@ -90,6 +91,8 @@ async def relay(
         before_start: awaited with the status once the head of the answer is there, before any of
             it is passed on. What it raises ends the relay: the answer is not passed on.
         tap: reads the answer as it passes, and may keep header fields from the client.
+        switch: awaited with the connection instead of anything else when the answer is 101, which
+            only one to a `head.upgrade` can be. It takes both sockets over.
 
     Returns:
         A result once the response has started; the exchange has then ended.
@@ -111,7 +114,7 @@ async def relay(
             # What `request` does, without its layer: nearly all requests go this way.
             run.conn = conn
             run.began = clock.monotonic()
-            conn.begin(head.to(conn.target), head.method == b"HEAD")
+            conn.begin(head.to(conn.target), head.method == b"HEAD", head.upgrade)
             run.await_upstream()
             try:
                 await conn.wait()
@@ -120,6 +123,10 @@ async def relay(
             if conn.error is not None:
                 raise conn.error
         status = conn.status
+        if status == 101 and switch is not None:
+            await switch(conn)
+            ms = run.head_ms(conn)
+            return RelayResult(101, 0, 0, ms, Outcome.COMPLETE, None, conn.headers, ms)
         if before_start is not None:
             await before_start(status)
         headers = conn.headers
@@ -252,7 +259,7 @@ class _Relay(Flight):
         if self.error is not None:
             raise self.error
         head = self._head
-        conn.begin(head.to(conn.target) + body, head.method == b"HEAD")
+        conn.begin(head.to(conn.target) + body, head.method == b"HEAD", head.upgrade)
         if length:
             self.body_sent = False
             self._pump = asyncio.create_task(send_body(self, conn, length, head.max_body))

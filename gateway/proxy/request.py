@@ -9,6 +9,7 @@ Host. `/a?` and `/a` leave alike, as `/a`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
@@ -19,7 +20,7 @@ from gateway.forwarded import TrustedProxies, forwarded_nodes
 from gateway.http.errors import BadRequest, PayloadTooLarge
 from gateway.http.message import Header, Request
 from gateway.proxy.headers import HOP_BY_HOP, connection_tokens
-from gateway.proxy.rewrite import HOST_BYTES, Facts, HeaderEdits
+from gateway.proxy.rewrite import Facts, HeaderEdits
 from gateway.proxy.target import Target
 
 _FORWARDED: Final = frozenset(
@@ -55,6 +56,9 @@ NOT_IN_TRAILERS: Final = _READ | _DROPPED | {b"cookie", b"x-api-key"}
 
 _KEY_START: Final = KEY_START.encode()
 
+# RFC 3986's reg-name or IP-literal, and port. No comma: X-Forwarded-Host is read as a list.
+_HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-fv:.]+\])(?::[0-9]*)?\Z")
+
 _PROTO: Final = {
     "http": b"x-forwarded-proto: http\r\n",
     "https": b"x-forwarded-proto: https\r\n",
@@ -78,6 +82,7 @@ class RequestHead(NamedTuple):
     request_id: bytes
     host: bytes = b""
     max_body: int = UNLIMITED
+    upgrade: bool = False  # the answer may be 101
 
     def to(self, target: Target) -> bytes:
         """The head as sent to `target`, with the empty line that ends it."""
@@ -209,7 +214,7 @@ class RequestRules:
                     raise BadRequest("the only transfer encoding understood is chunked")
                 chunked = True
             elif name == b"x-request-id":
-                if 0 < len(value) <= MAX_REQUEST_ID:
+                if 0 < len(value) <= MAX_REQUEST_ID and value.isascii() and b"\t" not in value:
                     request_id = value
             elif name == b"connection":
                 named += connection_tokens(value)
@@ -218,7 +223,8 @@ class RequestRules:
             elif name in self._key_headers and _KEY_START not in value:
                 lines.append(b"%b: %b\r\n" % (name, value))
         if named:
-            lines = [line for line in lines if line.partition(b":")[0] not in named]
+            gone = frozenset(named)  # thousands fit into a head
+            lines = [line for line in lines if line.partition(b":")[0] not in gone]
         if not host:
             if request.version != "1.0":
                 raise BadRequest("a request has to name its Host")
@@ -238,6 +244,8 @@ class RequestRules:
             facts = Facts(request, request_id, self._trusted, self._route, plan, subscription)
             lines += [b"%b: %b\r\n" % pair for pair in self._edits.fields.of(facts)]
         body_length = 0
+        if request.body_length < 0:
+            chunked = True  # over HTTP/2 no field says so
         if length or chunked:
             body_length = _framing(lines, length, chunked)
             if body_length > self._max_body:
@@ -253,7 +261,7 @@ class RequestRules:
         return RequestHead(method, path, fields, body_length, request_id, to, self._max_body)
 
     def _check_host(self, host: bytes) -> None:
-        if host.translate(None, HOST_BYTES):
+        if not _HOST.match(host):
             raise BadRequest("the value of Host is no host")
         self._last_host = host
 

@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.acceptance.catalogue import SHARED
 from tests.support.load import Load
-from tests.support.servers import server_directory
+from tests.support.servers import NewDatabase, server_directory
 from tests.support.stack import Stack, start_stack
-
-if TYPE_CHECKING:
-    from cli.embedded import EmbeddedPostgres
-
-NewDatabase = Callable[[], str]
-
-
-@pytest.fixture(scope="session")
-def new_database(postgres_server: EmbeddedPostgres, _migrated: str) -> NewDatabase:
-    """Makes a fresh, migrated database on the session's server; returns its URL."""
-    import asyncpg
-
-    numbers = itertools.count(1)
-
-    async def create(name: str) -> None:
-        connection = await asyncpg.connect(postgres_server.url)
-        try:
-            await connection.execute(
-                f"CREATE DATABASE {name} TEMPLATE {_migrated} STRATEGY FILE_COPY"
-            )
-        finally:
-            await connection.close()
-
-    def make() -> str:
-        name = f"acceptance_{next(numbers)}"
-        asyncio.run(create(name))
-        return postgres_server.url_of(name)
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Makes a fresh, migrated database and returns its URL.
+NewDatabase = Callable[[], str]
 
 
 def redis_binaries() -> dict[str, Path | None]:

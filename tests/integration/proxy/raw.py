@@ -156,6 +156,7 @@ class Answer:
     headers: list[tuple[str, str]]
     body: bytes
     clean: bool  # the body ended as its framing promised
+    trailers: list[tuple[str, str]] = field(default_factory=list)
 
     def get(self, name: str) -> list[str]:
         return [value for key, value in self.headers if key == name]
@@ -167,6 +168,7 @@ class Client:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
+        self.trailers: list[tuple[str, str]] = []  # of the last chunked answer
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -215,6 +217,7 @@ class Client:
             if answer.get("transfer-encoding"):
                 async for chunk in self.chunks():
                     answer.body += chunk
+                answer.trailers = self.trailers
             else:
                 answer.body = await self.reader.readexactly(int(answer.get("content-length")[0]))
         except asyncio.IncompleteReadError as error:
@@ -233,4 +236,7 @@ class Client:
         while size := int(await self.reader.readuntil(CRLF), 16):
             yield await self.reader.readexactly(size)
             await self.reader.readexactly(2)
-        await self.reader.readexactly(2)
+        self.trailers = []
+        while (line := await self.reader.readuntil(CRLF)) != CRLF:
+            name, _, value = line.decode("latin-1").strip().partition(": ")
+            self.trailers.append((name, value))

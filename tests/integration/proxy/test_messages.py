@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from gateway.proxy.relay import INLINE_BODY
 from tests.integration.proxy.conftest import GatewayFactory
 from tests.integration.proxy.raw import Peer, Request, answering, ok, on_loop
 
@@ -123,18 +124,53 @@ async def test_statuses_without_a_body(status: int, gateway: GatewayFactory) -> 
 
 
 @on_loop
-async def test_chunked_answers_lose_their_trailers_only(gateway: GatewayFactory) -> None:
+async def test_trailers_of_an_answer_go_to_who_takes_them(gateway: GatewayFactory) -> None:
     chunked = (
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n"
-        b"5\r\nhello\r\n6;ext=1\r\n world\r\n0\r\nx-sum: 1\r\n\r\n"
+        b"5\r\nhello\r\n6;ext=1\r\n world\r\n0\r\n"
+        b"X-Sum: 1\r\ncontent-type: a/b\r\nset-cookie: a=b\r\n\r\n"
     )
     async with gateway(answering(chunked)) as relay, relay.client() as client:
-        for _ in range(2):
-            answer = await client.ask("GET /x")
+        for headers, trailers in [((), []), (["TE: trailers"], [("x-sum", "1")])] * 2:
+            answer = await client.ask("GET /x", *headers)
             assert answer.body == b"hello world"
             assert not answer.get("x-sum")
             assert not answer.get("trailer")
+            assert answer.trailers == trailers
     assert relay.upstream.connections == 1
+
+
+@on_loop
+async def test_trailers_of_a_streamed_answer(gateway: GatewayFactory) -> None:
+    go_on = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n")
+        await go_on.wait()
+        await peer.send(b"0\r\nx-sum: 1\r\n\r\n")
+
+    async with gateway(script) as relay, relay.client() as client:
+        await client.send(client.head("GET /x", "TE: trailers"))
+        head = await client.answer_head()
+        chunks = client.chunks()
+        first = await anext(chunks)
+        go_on.set()
+        rest = [chunk async for chunk in chunks]
+    assert (head.status, first, rest, client.trailers) == (200, b"a", [], [("x-sum", "1")])
+
+
+@on_loop
+async def test_trailer_fields_without_end_break_the_answer_off(gateway: GatewayFactory) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n")
+        await peer.send(b"x-more: 1\r\n" * 1000)
+        await peer.gone()
+
+    async with gateway(script) as relay:
+        answer = await relay.ask("GET /x")
+    assert answer.status == 502 or not answer.clean
 
 
 @on_loop
@@ -223,6 +259,21 @@ async def test_chunked_requests_stay_chunked(gateway: GatewayFactory) -> None:
     assert seen[0].get("transfer-encoding") == ["chunked"]
     assert seen[0].trailers == [("x-trailer", "1")]
     assert relay.upstream.connections == 1
+
+
+@pytest.mark.parametrize("size", [10, INLINE_BODY + 10])
+@on_loop
+async def test_trailers_of_a_request_that_may_follow_a_body(
+    size: int, gateway: GatewayFactory
+) -> None:
+    seen: list[Request] = []
+    async with gateway(answering(ok(), requests=seen)) as relay, relay.client() as client:
+        await client.send(client.head("POST /x", "Transfer-Encoding: chunked"))
+        await client.send(b"%x\r\n%b\r\n0\r\n" % (size, b"a" * size))
+        await client.send(b"X-Sum: 1\r\nAuthorization: a\r\nX-Forwarded-For: 1.1.1.1\r\n\r\n")
+        answer = await client.answer()
+    assert answer.status == 200
+    assert (len(seen[0].body), seen[0].trailers) == (size, [("x-sum", "1")])
 
 
 @on_loop
@@ -314,7 +365,7 @@ async def test_trailers_of_an_answer_are_passed_on(gateway: GatewayFactory) -> N
     body = b"2\r\nok\r\n0\r\nx-sum: 7\r\nset-cookie: a=1\r\n\r\n"
     async with gateway(answering(head + body)) as relay, relay.client() as client:
         for _ in range(2):
-            await client.send(client.head("GET /x"))
+            await client.send(client.head("GET /x", "TE: trailers"))
             answer = await client.answer_head()
             raw = await client.reader.readuntil(b"0\r\n")
             ended = await client.reader.readuntil(b"\r\n\r\n")

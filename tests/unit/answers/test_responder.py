@@ -88,7 +88,8 @@ def ask(
     async def main() -> None:
         runtime = Runtime(loads(CONFIG, env={}), {})
         parts: Any = played
-        answer = Responder(runtime, SimpleNamespace(), parts, parts)  # type: ignore[arg-type]
+        no = SimpleNamespace()
+        answer = Responder(runtime, no, parts, parts, no)  # type: ignore[arg-type]
         await answer(exchange)
 
     asyncio.run(main())

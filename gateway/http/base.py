@@ -1,0 +1,51 @@
+"""What the server knows of a client's connection, whatever protocol is spoken on it."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Iterable
+
+
+class Connection(asyncio.Protocol):
+    """`deadline` is in the server's ticks; 0 while nothing is expected of the client."""
+
+    __slots__ = ("deadline",)
+
+    deadline: int
+
+    @property
+    @abstractmethod
+    def idle(self) -> bool:
+        """No request is being answered or received."""
+
+    @property
+    @abstractmethod
+    def tasks(self) -> Iterable[asyncio.Task[None]]:
+        """The handlers of the requests that are being answered."""
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 once it is closed."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """The server drains: the client should send its next requests elsewhere."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """No more answers: close, but let the client read what was written first."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Close at once; what was not sent is lost."""
+
+    @abstractmethod
+    def expire(self) -> None:
+        """The deadline has passed."""
+
+
+def descriptor(transport: asyncio.Transport | None) -> int:
+    """That of a transport's socket; -1 without one."""
+    sock = None if transport is None else transport.get_extra_info("socket")
+    return -1 if sock is None else int(sock.fileno())
