@@ -57,8 +57,7 @@ lock: $(VENV)/dev.stamp  ## Write requirements/*.txt anew (UPGRADE=1: with the n
 	  --extra embedded --extra dev --output-file requirements/dev.txt
 	@$(BIN)/$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/image.in \
 	  --output-file requirements/image.txt
-	@$(BIN)/$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/bench.in \
-	  --extra embedded --extra dev --extra bench --output-file requirements/bench.txt
+	@$(BIN)/$(LOCK) $(if $(UPGRADE),--upgrade) requirements/bench.in --output-file requirements/bench.txt
 	@! grep -n '://' requirements/*.txt
 
 clean:  ## Remove .venv and caches; the data in .tallygate stay
@@ -91,6 +90,8 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt
 
 # What cannot be installed is left out of the comparison: not every platform has wheels of it.
 $(VENV)/bench.stamp: $(VENV)/dev.stamp requirements/bench.txt
-	@echo "installing what is compared with into $(VENV)"
-	@$(PIP) --require-hashes --no-deps -r requirements/bench.txt || echo "going on without"
+	@echo "installing what is compared with into $(VENV)/bench"
+	@$(PYTHON) -m venv --clear $(VENV)/bench
+	@$(VENV)/bench/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
+	  --require-hashes -r requirements/bench.txt || echo "going on without"
 	@touch $@

@@ -14,6 +14,7 @@ appendfsync always, 64 customers) in one thing; `--full` takes all combinations.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -280,10 +281,12 @@ def main() -> None:
     options = parse()
     scenarios = chosen(options)
     seconds = options.seconds or (1 if options.quick else 2)
+    load = os.getloadavg()[0]
     python = interpreter.choose(options.python)
     with site(options.peers, options.redis, python) as (stack, peers):
         runs = compare(stack, peers, scenarios, options.rounds, seconds)
         result = report.collect(options, peers, runs)
+        result["load"] = load
         result["python"] = interpreter.describe(python)
         result["client"] = "wrk" if client() else "benchmarks.client"
         if not (options.quick or options.no_extras):

@@ -197,7 +197,7 @@ def cost(stack: dict[str, Any], traffic: str, seconds: float) -> float:
     return float((total_cpu_us(pids) - before) / found["requests"])
 
 
-def guard(before: Path, now: Path = ROOT, rounds: int = 9, seconds: float = 0.7) -> list[Verdict]:
+def guard(before: Path, now: Path = ROOT, rounds: int = 9, seconds: float = 0.5) -> list[Verdict]:
     """Both trees, alternating; one verdict for each kind of traffic.
 
     Raises:
@@ -238,7 +238,7 @@ def main() -> None:
     )
     parser.add_argument("--base", default=baseline(), help="commit or tag")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.7, help="of each run")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each run")
     options = parser.parse_args()
     try:
         with tree(options.base) as before:

