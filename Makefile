@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 LOCK   := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-          --no-emit-index-url --no-emit-find-links --override requirements/override.in --custom-compile-command 'make lock'
+          --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
 .PHONY: help run test chaos bench load lint lua lock clean
@@ -75,17 +75,16 @@ $(VENV)/created.stamp:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# The locks are complete (`make lock`), so pip has nothing to resolve.
 # Two stamps: `make run` does not wait for the tools of `make test`.
 $(VENV)/run.stamp: $(VENV)/created.stamp requirements/run.txt pyproject.toml
 	@echo "installing into $(VENV), which takes a minute and is done once"
-	@$(PIP) --require-hashes --no-deps -r requirements/run.txt
+	@$(PIP) --require-hashes -r requirements/run.txt
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt
 	@echo "installing the development tools into $(VENV)"
-	@$(PIP) --require-hashes --no-deps -r requirements/dev.txt
+	@$(PIP) --require-hashes -r requirements/dev.txt
 	@touch $@
 
 # What cannot be installed is left out of the comparison: not every platform has wheels of it.
