@@ -2,8 +2,8 @@
 
 message.py   a request as it was sent; status lines and the Date field
 exchange.py  one request and its answer, whatever protocol the client speaks: what handlers get
-h1.py        HTTP/1.1 connections; h1_reader.py, h1_exchange.py: how requests are read with llhttp, and
-             how they are answered
+h1.py        HTTP/1.1 connections; h1_reader.py, h1_exchange.py: how requests are read with llhttp,
+             and how they are answered
 h2.py        HTTP/2 connections; h2_request.py, h2_exchange.py, h2_guard.py: what is asked, how it
              is answered, and what a client may cost
 tls.py       accepting connections of TLS; choice.py: which protocol is spoken on one
