@@ -16,10 +16,13 @@ from core.errors import StoreUnavailableError
 from core.policy import Status
 from core.telemetry import logs
 from core.telemetry.local import LocalMetrics
+from gateway.admission.blocked import Refused
 from gateway.admission.limiter import Decision, Limiter
 from gateway.answers import problems
+from gateway.answers.client import client_problem
 from gateway.answers.headers import SERVER
 from gateway.answers.problems import Problem
+from gateway.answers.repeat import RepeatedRefusal, holds_s
 from gateway.answers.upstream import upstream_problem
 from gateway.auth import Authenticator
 from gateway.auth import Outcome as Auth
@@ -34,10 +37,11 @@ from gateway.http.errors import (
 )
 from gateway.http.exchange import Exchange
 from gateway.http.message import Header, Request
+from gateway.identity import decision_id_of, sent_id
 from gateway.matching import Direct, Matcher, Refusal
 from gateway.proxy.errors import ProxyError
 from gateway.proxy.relay import Outcome, RelayResult, relay
-from gateway.proxy.request import MAX_REQUEST_ID, RequestHead
+from gateway.proxy.request import RequestHead
 from gateway.proxy.rewrite import Facts
 from gateway.proxy.websocket.handshake import HandshakeError
 from gateway.runtime import PlanOnRoute, RouteRuntime, Runtime
@@ -80,7 +84,7 @@ class Responder:
         # Ours identifies leases and decisions. What everybody quotes is the client's own, if it
         # sent one: the same in the answer, in our log and upstream.
         own_id = f"{self._id_prefix}{next(self._id_numbers):x}"
-        request_id = _sent_id(request) or own_id
+        request_id = sent_id(request) or own_id
         route_name = plan_name = subject = ""
         outcome = "error"
         decision: Decision | None = None
@@ -95,23 +99,28 @@ class Responder:
             if route.anonymous is not None:
                 on_route = route.anonymous
                 plan_name = on_route.plan.name
-                head = self._head(route, None, request, request_id, plan_name, "")
-                if route.pool.refusing is not None:
-                    self._ask_upstream(route, request_id)
                 client = client_group(self.runtime.trusted.client_ip(request.peer, request.headers))
                 subject = f"ip:{plan_name}:{client}"
-                started = clock.monotonic()
-                decision = await self._limiter.admit_anonymous(on_route.admission, subject, own_id)
+                source = subscription = None
             else:
                 subscription, source = await self._authenticate(request, request_id)
                 subject = subscription.id
                 on_route = self._plan(route, subscription, request_id)
                 plan_name = subscription.plan
-                head = self._head(route, source, request, request_id, plan_name, subject)
-                if route.pool.refusing is not None:
-                    self._ask_upstream(route, request_id)
-                started = clock.monotonic()
-                decision = await self._limiter.admit(on_route.admission, subscription, own_id)
+            admission = on_route.admission
+            if admission.blocked and (again := admission.blocked.find(subject)) is not None:
+                outcome = "limited"
+                self._repeat(again, on_route, route, exchange, subject, request_id, own_id)
+                return
+            named = "" if subscription is None else subject
+            head = self._head(route, source, request, request_id, plan_name, named)
+            if route.pool.refusing is not None:
+                self._ask_upstream(route, request_id)
+            started = clock.monotonic()
+            if subscription is None:
+                decision = await self._limiter.admit_anonymous(admission, subject, own_id)
+            else:
+                decision = await self._limiter.admit(admission, subscription, own_id)
             metrics.admission.observe(clock.monotonic() - started)
             if decision.numbers:
                 limit_headers = on_route.plain_headers(decision.numbers)
@@ -127,7 +136,7 @@ class Responder:
             if shake is not None:
                 result = await self._sockets.relay(
                     exchange, shake, route=route, on_route=on_route, head=head, decision=decision,
-                    subject=subject if route.anonymous is not None else subscription,
+                    subject=subject if subscription is None else subscription,
                     own_id=own_id, limit_headers=limit_headers,
                 )  # fmt: skip
                 outcome = self._relayed(result, route, decision, request_id)
@@ -161,7 +170,7 @@ class Responder:
             outcome = "client_gone"
         except (BadRequest, RequestTimeout, PayloadTooLarge) as error:
             outcome = "bad_request"
-            problem = _client_error(error, request_id, route)
+            problem = client_problem(error, route.route.rules.max_body, request_id=request_id)
             self._refuse(
                 Refusal(problem, outcome, error.code),
                 exchange, subject, matched, plan_name, request_id, own_id,
@@ -284,7 +293,7 @@ class Responder:
         try:
             return route.rules(source).head(request, request_id.encode(), plan, subscription)
         except (BadRequest, PayloadTooLarge) as error:
-            problem = _client_error(error, request_id, route)
+            problem = client_problem(error, route.route.rules.max_body, request_id=request_id)
             raise Refusal(problem, "bad_request", error.code) from None
 
     def _ask_upstream(self, route: RouteRuntime, request_id: str) -> None:
@@ -302,7 +311,7 @@ class Responder:
     def _limited(
         decision: Decision, limit_headers: list[tuple[bytes, bytes]], own_id: str, request_id: str
     ) -> Refusal:
-        decision_id = _decision_id(own_id)
+        decision_id = decision_id_of(own_id)
         problem = problems.quota_exceeded(
             decision.states,
             request_id=request_id,
@@ -311,6 +320,40 @@ class Responder:
         )
         names = ",".join(state.name for state in decision.states if not state.allowed)
         return Refusal(problem, "limited", names, decision_id)
+
+    def _repeat(
+        self,
+        refused: Refused,
+        on_route: PlanOnRoute,
+        route: RouteRuntime,
+        exchange: Exchange,
+        subject: str,
+        request_id: str,
+        own_id: str,
+    ) -> None:
+        """Refuse once more, without asking: nothing is looked at that only an upstream needs."""
+        now = clock.monotonic()
+        answer = refused.rendered
+        if now >= refused.rendered_until or not isinstance(answer, RepeatedRefusal):
+            states = self._limiter.repeat(on_route.admission, refused).states
+            answer = refused.rendered = RepeatedRefusal(states, on_route.headers.of(states))
+            refused.rendered_until = now + holds_s(states)
+        else:
+            self._limiter.repeated(answer.reasons)
+        decision_id = decision_id_of(own_id)
+        logs.rejection(
+            429,
+            answer.names,
+            subject,
+            route.route.name,
+            on_route.plan.name,
+            request_id,
+            decision_id,
+        )
+        headers = [*answer.headers, (b"x-request-id", request_id.encode())]
+        if route.cors is not None:
+            headers += route.cors.fields(exchange.request)
+        exchange.respond(429, headers, answer.body(request_id, decision_id))
 
     def _relayed(
         self, result: RelayResult, route: RouteRuntime, decision: Decision, request_id: str
@@ -347,7 +390,7 @@ class Responder:
     ) -> None:
         problem, decision_id = refusal.problem, refusal.decision_id
         if not decision_id:
-            decision_id = _decision_id(own_id)
+            decision_id = decision_id_of(own_id)
             problem = problems.with_decision(problem, decision_id)
         status, reason = problem.status, refusal.reason
         route = matched.route.name if matched is not None else ""
@@ -371,32 +414,8 @@ def _cors(matched: RouteRuntime | None, request: Request) -> Sequence[Header]:
     return matched.cors.fields(request)
 
 
-def _client_error(
-    error: BadRequest | RequestTimeout | PayloadTooLarge, request_id: str, route: RouteRuntime
-) -> Problem:
-    if isinstance(error, PayloadTooLarge):
-        return problems.content_too_large(route.route.rules.max_body, request_id=request_id)
-    if isinstance(error, RequestTimeout):
-        return problems.request_timeout(request_id=request_id)
-    return problems.bad_request(str(error), request_id=request_id)
-
-
 def _costs(decision: Decision | None) -> dict[str, list[dict[str, str]]]:
     """What the answer decided of the cost, for the access log."""
     if decision is None or decision.charge is None or not decision.charge.costs:
         return {}
     return {"costs": [described(cost) for cost in decision.charge.costs]}
-
-
-def _decision_id(own_id: str) -> str:
-    return "dec_" + own_id.removeprefix("req_")
-
-
-def _sent_id(request: Request) -> str:
-    """The client's X-Request-Id, if it is one that can be repeated; else empty."""
-    for name, value in request.headers:
-        if name == b"x-request-id":
-            text: str = value.decode("latin-1")
-            if len(text) <= MAX_REQUEST_ID and text.isascii() and text.isprintable():
-                return text
-    return ""

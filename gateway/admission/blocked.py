@@ -9,7 +9,7 @@ has other admissions, and with them empty lists.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from core import clock
 from core.admission.program import REFUSED
@@ -22,10 +22,32 @@ _MIN_S: Final = 0.002
 _MAX_SUBJECTS: Final = 10_000
 
 
-class _Refusal(NamedTuple):
-    asked: float  # monotonic seconds, before Redis decided
-    until: float
-    numbers: Sequence[int]
+class Refused:
+    """What Redis answered to a subject, and for how long it would answer the same.
+
+    Attributes:
+        until: monotonic seconds.
+        rendered: the answer to the client, kept here by whoever made it, with how long it holds.
+    """
+
+    __slots__ = ("_asked", "_numbers", "rendered", "rendered_until", "until")
+
+    def __init__(self, numbers: Sequence[int], asked: float, until: float) -> None:
+        self._numbers = numbers
+        self._asked = asked  # monotonic seconds, before Redis decided
+        self.until = until
+        self.rendered: object = None
+        self.rendered_until = 0.0
+
+    def numbers(self, now: float) -> Sequence[int]:
+        """The answer that Redis would give at `now`, monotonic seconds."""
+        passed_ms = int((now - self._asked) * 1000)
+        numbers = list(self._numbers)
+        numbers[0] += passed_ms
+        for at in range(4, len(numbers), 3):
+            if numbers[at]:
+                numbers[at] = max(1, numbers[at] - passed_ms)
+        return numbers
 
 
 class Blocked:
@@ -34,7 +56,7 @@ class Blocked:
     __slots__ = ("_refusals",)
 
     def __init__(self) -> None:
-        self._refusals: dict[str, _Refusal] = {}
+        self._refusals: dict[str, Refused] = {}
 
     def __bool__(self) -> bool:
         return bool(self._refusals)
@@ -57,21 +79,12 @@ class Blocked:
             return
         if len(self._refusals) >= _MAX_SUBJECTS:
             del self._refusals[next(iter(self._refusals))]
-        self._refusals[subject] = _Refusal(asked, asked + seconds, numbers)
+        self._refusals[subject] = Refused(numbers, asked, asked + seconds)
 
-    def find(self, subject: str) -> Sequence[int] | None:
-        """The answer that Redis would give now, or None where it has to be asked."""
-        refusal = self._refusals.get(subject)
-        if refusal is None:
-            return None
-        now = clock.monotonic()
-        if now >= refusal.until:
+    def find(self, subject: str) -> Refused | None:
+        """What refuses a subject now, or None where Redis has to be asked."""
+        refused = self._refusals.get(subject)
+        if refused is not None and clock.monotonic() >= refused.until:
             del self._refusals[subject]
             return None
-        passed_ms = int((now - refusal.asked) * 1000)
-        numbers = list(refusal.numbers)
-        numbers[0] += passed_ms
-        for at in range(4, len(numbers), 3):
-            if numbers[at]:
-                numbers[at] = max(1, numbers[at] - passed_ms)
-        return numbers
+        return refused

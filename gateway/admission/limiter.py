@@ -20,7 +20,7 @@ from core.period import Span, billing_period
 from core.policy import OutageMode
 from core.telemetry import logs
 from gateway.admission.batcher import Batcher
-from gateway.admission.blocked import Blocked
+from gateway.admission.blocked import Blocked, Refused
 from gateway.admission.charge import Charge
 from gateway.admission.leases import Held, Leases
 from gateway.admission.settler import Settler
@@ -115,8 +115,8 @@ class Limiter:
         """
         batcher = self._batcher
         program = admission.program
-        if admission.blocked and (refusal := admission.blocked.find(subscription.id)) is not None:
-            return self._decision(admission, refusal, (), request_id, subscription.id)
+        if admission.blocked and (refused := admission.blocked.find(subscription.id)) is not None:
+            return self.repeat(admission, refused)
         try:
             if program.lease_limits:
                 return await self._ask_redis(admission, subscription, request_id)
@@ -208,8 +208,8 @@ class Limiter:
     async def _ask_redis_anonymous(
         self, admission: Admission, subject: str, request_id: str
     ) -> Decision:
-        if admission.blocked and (refusal := admission.blocked.find(subject)) is not None:
-            return self._decision(admission, refusal, (), request_id, subject)
+        if admission.blocked and (refused := admission.blocked.find(subject)) is not None:
+            return self.repeat(admission, refused)
         keys = self._keys(subject, admission.program)
         for _ in range(_MAX_TRIES):
             asked = clock.monotonic()
@@ -221,6 +221,17 @@ class Limiter:
             if numbers[1] != Verdict.STALE:
                 raise _undecided(numbers[1], subject)
         raise StoreUnavailableError("the calendar kept changing; no decision was reached")
+
+    def repeat(self, admission: Admission, refused: Refused) -> Decision:
+        """The decision that Redis would take again."""
+        states, overage = self._states(admission, refused.numbers(clock.monotonic()))
+        return Decision(False, overage, states, None)
+
+    def repeated(self, reasons: int) -> None:
+        """A refusal was repeated as it was, with so many limits that refuse."""
+        if self._on_event is not None:
+            for _ in range(reasons):
+                self._on_event("refused")
 
     @staticmethod
     def _remember(admission: Admission, subject: str, numbers: Sequence[int], asked: float) -> None:
