@@ -10,7 +10,7 @@ LOCK   := uv pip compile --quiet --universal --python-version 3.11 --generate-ha
           --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help run test chaos bench load lint lua lock clean
+.PHONY: compile help run test chaos bench load lint lua lock clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -34,6 +34,9 @@ endif
 
 chaos: $(VENV)/dev.stamp  ## Kill and wipe parts under load, and count (ROUNDS=100 SEED=1 ARGS="--faults flushall")
 	@$(BIN)/python -m tests.faults --rounds $(or $(ROUNDS),100) --seed $(or $(SEED),1) $(ARGS)
+
+compile: $(VENV)/dev.stamp  ## Compile the gateway's hot modules: optional, needs gcc (make clean undoes it)
+	@$(BIN)/python tools/compile.py
 
 bench: $(VENV)/bench.stamp  ## Compare with Traefik, nginx + Lua and Envoy (ARGS="--quick", ARGS=--help)
 	@$(BIN)/python -m benchmarks.compare $(ARGS)
@@ -61,6 +64,7 @@ lock: $(VENV)/dev.stamp  ## Write requirements/*.txt anew (UPGRADE=1: with the n
 	@! grep -n '://' requirements/*.txt
 
 clean:  ## Remove .venv and caches; the data in .tallygate stay
+	@find gateway \( -name '*.so' -o -name '*__mypyc*' \) -delete; rm -f *__mypyc*
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # A stamp is newer than what it was made from, so a second `make` has nothing to do.

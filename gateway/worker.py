@@ -18,6 +18,7 @@ from core import clock
 from core.config import Snapshot, load
 from core.errors import TallygateError
 from core.telemetry import logs
+from gateway import compiled
 from gateway.app import Gateway
 from gateway.http.server import HANDSHAKES, HttpServer, Limits
 from gateway.listeners import HTTPS, Listener
@@ -65,6 +66,7 @@ def run(start: Start) -> int:
         snapshot = load(start.config)
         settings = snapshot.settings
         logs.configure(settings.log.level, settings.log.format, "gateway")
+        _log.debug("hot_path", compiled=compiled.check())
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(start, snapshot))
     except (TallygateError, OSError) as error:

@@ -6,7 +6,10 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Iterable
 
+from mypy_extensions import mypyc_attr
 
+
+@mypyc_attr(allow_interpreted_subclasses=True)  # compiled: see gateway/compiled.py
 class Connection(asyncio.Protocol):
     """`deadline` is in the server's ticks; 0 while nothing is expected of the client."""
 

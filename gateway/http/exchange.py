@@ -13,9 +13,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from mypy_extensions import mypyc_attr
+
 from gateway.http.message import Header, Request
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)  # compiled: see gateway/compiled.py
 class Exchange:
     """Attributes:
     request: what was asked.
@@ -107,6 +110,7 @@ class Exchange:
         return ()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Tunnel(asyncio.Protocol):
     """What a connection goes on with after `take_over`.
 

@@ -11,6 +11,8 @@ import asyncio
 from math import ceil
 from typing import Any, Final, NamedTuple
 
+from mypy_extensions import mypyc_attr
+
 from gateway.http.errors import ClientDisconnected, ExchangeError, RequestTimeout
 from gateway.http.exchange import Exchange
 from gateway.proxy.connection import UpstreamConnection
@@ -46,6 +48,7 @@ class _TryTimeout(ResponseTimeout):
     """Of one try: the relay goes on."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)  # compiled: see gateway/compiled.py
 class Flight:
     """One relayed request, as the watch sees it: whom it waits for, and how to end it."""
 
