@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.tools import CACHE
+from gateway import compiled as hot
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,7 +83,8 @@ def describe(python: Path) -> str:
         [str(python), "-c", code], check=True, capture_output=True, text=True, timeout=_TIMEOUT_S
     )
     other = "" if python == Path(sys.executable) else " of the system"
-    return f"CPython{other} {found.stdout.strip()}"
+    compiled = any(Path(hot.__file__).parent.glob("responder.*.so"))
+    return f"CPython{other} {found.stdout.strip()}" + (", `make compile`" if compiled else "")
 
 
 def _probe(python: Path) -> float:
