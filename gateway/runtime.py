@@ -207,7 +207,8 @@ class Runtime:
                 program.limits, program.costs, self.snapshot.meters, self._processes
             )
         caps = {name: cap for name in program.costs if (cap := cap_of(plan, name)) is not None}
-        return OutageRules(route.outage, local, caps, route.reserve)
+        # Only what is reserved waits for its answer; frames are counted as they pass.
+        return OutageRules(route.outage, local, caps, program.reserve_ms > 0)
 
     def _route(
         self, route: Route, calendars: CalendarUse, headers: Mapping[str, PlanHeaders]

@@ -298,6 +298,14 @@ local function look_up(o)
     if o.expired then return GONE end
     return nil
   end
+  if o.kind == EXPIRE and o.expired then
+    -- sent twice: what is remembered of it has its own time
+    local until_ms = tonumber(call('ZSCORE', KEYS[2], o.id .. ' ' .. o.key) or '0')
+    if until_ms > now then
+      o.later = until_ms
+      return nil
+    end
+  end
   if o.kind == EXPIRE and not o.expired then
     local expiry = parse(o.text)
     if expiry > now then

@@ -13,9 +13,10 @@ from mypy_extensions import mypyc_attr
 class Connection(asyncio.Protocol):
     """`deadline` is in the server's ticks; 0 while nothing is expected of the client."""
 
-    __slots__ = ("deadline",)
+    __slots__ = ("deadline", "unsent")
 
     deadline: int
+    unsent: int  # bytes that a closing connection had left when it was last looked at
 
     @property
     @abstractmethod
@@ -46,6 +47,17 @@ class Connection(asyncio.Protocol):
     @abstractmethod
     def expire(self) -> None:
         """The deadline has passed."""
+
+
+def still_sends(connection: Connection, transport: asyncio.Transport) -> bool:
+    """Whether a closing connection has sent something since it was last looked at, and has more: a
+    slow client gets its answer to the end.
+    """
+    left = transport.get_write_buffer_size()
+    if not left or left == connection.unsent:
+        return False
+    connection.unsent = left
+    return True
 
 
 def descriptor(transport: asyncio.Transport | None) -> int:

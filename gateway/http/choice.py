@@ -42,6 +42,7 @@ class FirstBytes(Connection):
         self._transport: asyncio.Transport | None = None
         self._seen = b""
         self.deadline = 0
+        self.unsent = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from httptools import HttpRequestParser
 
-from gateway.http.base import descriptor
+from gateway.http.base import descriptor, still_sends
 from gateway.http.h1_exchange import Http1Exchange
 from gateway.http.h1_reader import RequestReader
 from gateway.http.message import STATUS_LINES
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # and not a reset; and how much of it.
 _LINGER_S: Final = 2
 _LINGER_BYTES: Final = 64 * 1024 * 1024
+# And how long a client may take nothing of what it is still owed.
+_UNREAD_S: Final = 30
 
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
@@ -150,7 +152,15 @@ class ClientConnection(RequestReader):
             return
         self.deadline = 0
         if self._lingering >= 0:
-            self._transport.abort()
+            if still_sends(self, self._transport):
+                patience = min(_UNREAD_S, self._server.limits.keepalive_s)
+                self.deadline = self._server.tick + max(patience, _LINGER_S + 1)
+                return
+            if self._transport.get_write_buffer_size():
+                # The end of the connection must not look like the end of the answer.
+                self._reset(self._transport)
+            else:
+                self._transport.abort()
         elif self._in_head and self._head_bytes and not self._stalled:
             self._in_head = False
             self._refuse(408, "request-timeout", "The request took too long to arrive.")
@@ -160,7 +170,12 @@ class ClientConnection(RequestReader):
     @property
     def idle(self) -> bool:
         """No request is being answered or received."""
-        return self._active is None and not self._in_head
+        transport = self._transport
+        return (
+            self._active is None
+            and not self._in_head
+            and (transport is None or not transport.get_write_buffer_size())
+        )
 
     @property
     def tasks(self) -> Sequence[asyncio.Task[None]]:
@@ -194,12 +209,16 @@ class ClientConnection(RequestReader):
         if transport is None:
             return
         if reset:
-            sock = transport.get_extra_info("socket")
-            if sock is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-            transport.abort()
+            self._reset(transport)
         else:
             self._close_soon(transport)
+
+    @staticmethod
+    def _reset(transport: asyncio.Transport) -> None:
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        transport.abort()
 
     def _close_soon(self, transport: asyncio.Transport) -> None:
         """Close once all is written, or after a while where the client takes nothing of it."""

@@ -90,6 +90,7 @@ class RequestReader(Connection):
         self.peer = ""
         self.parser: HttpRequestParser | None = None
         self.deadline = 0
+        self.unsent = 0
         self._transport: asyncio.Transport | None = None
         self._active: Http1Exchange | None = None
         self._queue: deque[Http1Exchange] | None = None

@@ -23,7 +23,7 @@ from hpack import Encoder
 from hyperframe.frame import GoAwayFrame
 
 from gateway.http import h2_guard as guard
-from gateway.http.base import Connection, descriptor
+from gateway.http.base import Connection, descriptor, still_sends
 from gateway.http.body import Body
 from gateway.http.errors import BadRequest
 from gateway.http.h2_exchange import Http2Exchange
@@ -39,6 +39,8 @@ _FRAME_HEAD: Final = 9
 # As in h1: how long, and how much of, a closed connection is read, so that GOAWAY arrives.
 _LINGER_S: Final = 2
 _LINGER_BYTES: Final = 1024 * 1024
+# And how long a client may take nothing of what it is still owed.
+_UNREAD_S: Final = 30
 # RFC 7541's default for the table of header fields; a client may allow gigabytes.
 _TABLE: Final = 4_096
 _EVERY_STREAM: Final = 2**31 - 1
@@ -111,6 +113,7 @@ class Http2Connection(Connection):
         self.scheme = scheme
         self.peer = ""
         self.deadline = 0
+        self.unsent = 0
         self._transport: asyncio.Transport | None = None
         self._h2 = _Library()
         self._guard = guard.Guard(server.tick)
@@ -451,6 +454,10 @@ class Http2Connection(Connection):
             return
         self.deadline = 0
         if self._lingering >= 0:
+            if still_sends(self, transport):
+                patience = min(_UNREAD_S, self._server.limits.keepalive_s)
+                self.deadline = self._server.tick + max(patience, _LINGER_S + 1)
+                return
             transport.abort()
         elif self._in_block or not self._streams:
             self._shut(ErrorCodes.NO_ERROR)

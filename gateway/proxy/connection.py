@@ -306,7 +306,9 @@ class UpstreamConnection(asyncio.Protocol):
     def eof_received(self) -> None:
         if not self.busy:
             self.closed = True  # the pool must not hand it out before connection_lost is called
-        elif self._until_close and not self.complete:
+        elif self.complete:
+            self.reusable = False  # closed behind its answer: nobody else must get it
+        elif self._until_close:
             self.complete = True
             self._wake()
 
@@ -386,6 +388,7 @@ class UpstreamConnection(asyncio.Protocol):
         if name == b"content-length":
             if self.length != -1:
                 self._refuse("ambiguous content length")
+            value = value.rstrip(b" \t")  # llhttp leaves it there
             # Digits only: int() would also take a sign, underscores and spaces.
             if not value.isdigit():
                 self._refuse("invalid content length")

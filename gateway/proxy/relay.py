@@ -128,6 +128,7 @@ async def relay(
             ms = run.head_ms(conn)
             return RelayResult(101, 0, 0, ms, Outcome.COMPLETE, None, conn.headers, ms)
         if before_start is not None:
+            run.deadline = 0  # the upstream has answered: nobody waits for it
             await before_start(status)
         headers = conn.headers
         if tap is not None:

@@ -70,7 +70,7 @@ def test_wiped_again_and_again_it_still_ends_at_the_limit(stack: Stack, load: Lo
 def test_wiped_under_load_the_ledger_ends_at_the_limit(stack: Stack, load: Load) -> None:
     who = stack.subscribe("ten_thousand")
     request = get("/api/x", who.key, who=who.id)
-    load.start(stack.ports, [request], connections=CLIENTS, total=15_000)
+    load.start(stack.ports, [request], connections=CLIENTS, total=40_000)
     lost_at_most = wiped = 0
     while load.progress().total < 8_000:
         since = load.progress().total

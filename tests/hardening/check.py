@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass, replace
 
 from tests.hardening.rows import HOST, KEY, VICTIM, Outcome, Path, Refused, Relayed
-from tests.support.http1 import Answer, Connection, ask
+from tests.support.http1 import Answer, Connection, Cut, ask
 from tests.support.recorder import Recorder, Seen
 from tests.support.stack import Stack, Subscriber
 
@@ -67,11 +67,19 @@ class World:
         use = self.stack.state(self.subscriber).get(meter)
         return int(use.total) if use else 0
 
-    def seen_since(self, mark: int) -> list[Seen]:
-        """What reached the application; a request through the worker makes sure it has."""
+    def _sentinel(self) -> Connection:
         if self.sentinel is None:
             self.sentinel = Connection(self.port)
-        answer = self.sentinel.exchange(self.good(self.other, "/sentinel"))
+        return self.sentinel
+
+    def seen_since(self, mark: int) -> list[Seen]:
+        """What reached the application; a request through the worker makes sure it has."""
+        good = self.good(self.other, "/sentinel")
+        try:
+            answer = self._sentinel().exchange(good)
+        except (Cut, OSError):  # it was idle for too long
+            self.sentinel = None
+            answer = self._sentinel().exchange(good)
         assert answer.status == 200
         if answer.says_close:
             self.sentinel = None

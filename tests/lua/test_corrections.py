@@ -135,3 +135,13 @@ def test_a_reservation_as_it_was_written_before_is_taken_back(scripts: Scripts) 
     assert scripts.settle(("expire", "s", "a")) == [1]
     assert scripts.state("s")["m:tokens"].split()[0] == "0"
     assert scripts.state("s")["m:requests"].split()[0] == "0"
+
+
+def test_what_expired_twice_is_still_counted_when_its_answer_was_served(scripts: Scripts) -> None:
+    assert scripts.admit("s", program(), lease="a").admitted
+    scripts.at((NOW_MS + 1_000) * 1000)
+    for _ in range(2):  # a call whose answer was lost is sent again
+        assert scripts.settle(("expire", "s", "a")) == [1]
+        assert scripts.state("s")["m:tokens"].split()[0] == "0"
+    assert scripts.settle(("cost", "s", "a", "", "", "tokens", 10)) == [1]
+    assert scripts.state("s")["m:tokens"].split()[0] == "10"
