@@ -207,8 +207,8 @@ class Runtime:
                 program.limits, program.costs, self.snapshot.meters, self._processes
             )
         caps = {name: cap for name in program.costs if (cap := cap_of(plan, name)) is not None}
-        # Only what is reserved waits for its answer; frames are counted as they pass.
-        return OutageRules(route.outage, local, caps, program.reserve_ms > 0)
+        # Frames reserve nothing: they wait for no answer, whatever their route does.
+        return OutageRules(route.outage, local, caps, route.reserve and program.reserve_ms > 0)
 
     def _route(
         self, route: Route, calendars: CalendarUse, headers: Mapping[str, PlanHeaders]
