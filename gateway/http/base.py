@@ -5,8 +5,15 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Iterable
+from typing import Final
 
 from mypy_extensions import mypyc_attr
+
+# How long a connection that we have closed for writing is read, so that the client reads our answer
+# and not a reset.
+LINGER_S: Final = 2
+# And how long a client may take nothing of what it is still owed.
+_UNREAD_S: Final = 30
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)  # compiled: see gateway/compiled.py
@@ -49,14 +56,21 @@ class Connection(asyncio.Protocol):
         """The deadline has passed."""
 
 
-def still_sends(connection: Connection, transport: asyncio.Transport) -> bool:
+def still_sends(
+    connection: Connection, transport: asyncio.Transport, tick: int, idle_s: int
+) -> bool:
     """Whether a closing connection has sent something since it was last looked at, and has more: a
-    slow client gets its answer to the end.
+    slow client gets its answer to the end. It then has a new deadline.
+
+    Args:
+        tick: the server's, now.
+        idle_s: how long its connections may be idle.
     """
     left = transport.get_write_buffer_size()
     if not left or left == connection.unsent:
         return False
     connection.unsent = left
+    connection.deadline = tick + max(min(_UNREAD_S, idle_s), LINGER_S + 1)
     return True
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from mypy_extensions import mypyc_attr
 
+from gateway.http.body import Body
+from gateway.http.errors import ClientDisconnected
 from gateway.http.message import Header, Request
 
 
@@ -27,9 +29,11 @@ class Exchange:
     gone: the client is gone.
     on_gone: called once when the client goes before the answer has ended.
     task: the handler's, so that nothing else has to hold it.
+    body: of the request; None where it has none.
+    expects: the client waits for 100 Continue.
     """
 
-    __slots__ = ("ended", "gone", "on_gone", "request", "started", "task")
+    __slots__ = ("body", "ended", "expects", "gone", "on_gone", "request", "started", "task")
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -38,6 +42,8 @@ class Exchange:
         self.gone = False
         self.on_gone: Callable[[], object] | None = None
         self.task: asyncio.Task[None] | None = None
+        self.body: Body | None = None
+        self.expects = False
 
     @abstractmethod
     def respond(
@@ -100,14 +106,23 @@ class Exchange:
         """
 
     @property
-    @abstractmethod
     def body_complete(self) -> bool:
         """All of the request body has arrived (`read` may still have pieces of it)."""
+        return self.body is None or self.body.complete
 
     @property
     def trailers(self) -> Sequence[Header]:
         """Trailer fields of the request, once its body is complete."""
-        return ()
+        return () if self.body is None else self.body.trailers
+
+    def lose(self) -> None:
+        """The client is gone."""
+        self.gone = True
+        if self.body is not None:
+            self.body.fail(ClientDisconnected("the client closed the connection while sending"))
+        on_gone, self.on_gone = self.on_gone, None
+        if on_gone is not None and not self.ended:
+            on_gone()
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)

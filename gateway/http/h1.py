@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from httptools import HttpRequestParser
 
-from gateway.http.base import descriptor, still_sends
+from gateway.http.base import LINGER_S, descriptor, still_sends
 from gateway.http.h1_exchange import Http1Exchange
 from gateway.http.h1_reader import RequestReader
 from gateway.http.message import STATUS_LINES
@@ -22,12 +22,8 @@ from gateway.http.message import STATUS_LINES
 if TYPE_CHECKING:
     from gateway.http.server import HttpServer
 
-# How long a connection that we have closed for writing is read, so that the client reads our answer
-# and not a reset; and how much of it.
-_LINGER_S: Final = 2
+# How much is read of a connection that we have closed for writing.
 _LINGER_BYTES: Final = 64 * 1024 * 1024
-# And how long a client may take nothing of what it is still owed.
-_UNREAD_S: Final = 30
 
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
@@ -136,7 +132,7 @@ class ClientConnection(RequestReader):
             return
         self._held = b""
         self._lingering = _LINGER_BYTES
-        self.deadline = self._server.tick + _LINGER_S + 1
+        self.deadline = self._server.tick + LINGER_S + 1
         if self._body is not None:
             self._body.discard()
             self._body = None
@@ -152,9 +148,8 @@ class ClientConnection(RequestReader):
             return
         self.deadline = 0
         if self._lingering >= 0:
-            if still_sends(self, self._transport):
-                patience = min(_UNREAD_S, self._server.limits.keepalive_s)
-                self.deadline = self._server.tick + max(patience, _LINGER_S + 1)
+            idle_s = self._server.limits.keepalive_s
+            if still_sends(self, self._transport, self._server.tick, idle_s):
                 return
             if self._transport.get_write_buffer_size():
                 # The end of the connection must not look like the end of the answer.
@@ -224,7 +219,7 @@ class ClientConnection(RequestReader):
         """Close once all is written, or after a while where the client takes nothing of it."""
         self._held = b""
         self._lingering = _LINGER_BYTES
-        self.deadline = self._server.tick + _LINGER_S + 1
+        self.deadline = self._server.tick + LINGER_S + 1
         transport.close()
 
     def write(self, data: bytes) -> None:

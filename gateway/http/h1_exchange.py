@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from gateway.http.body import Body
 from gateway.http.errors import ClientDisconnected
 from gateway.http.exchange import Exchange, Tunnel
 from gateway.http.message import NO_BODY, STATUS_LINES, Header, Request
@@ -21,14 +20,14 @@ _JOIN_MAX: Final = 16 * 1024
 class Http1Exchange(Exchange):
     """An exchange over HTTP/1.1 or 1.0."""
 
-    __slots__ = ("_chunked", "_conn", "_left", "body", "expects", "last", "says_keep_alive")
+    __slots__ = ("_chunked", "_conn", "_left", "last", "says_keep_alive")
 
     def __init__(self, request: Request, conn: ClientConnection) -> None:
         self.request = request
         self.started = self.ended = self.gone = False
         self.on_gone = None
         self.task = None
-        self.body: Body | None = None
+        self.body = None
         self.expects = False
         self.last = False  # of its connection
         self.says_keep_alive = False
@@ -160,14 +159,6 @@ class Http1Exchange(Exchange):
                 self._conn.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return await body.read()
 
-    @property
-    def body_complete(self) -> bool:
-        return self.body is None or self.body.complete
-
-    @property
-    def trailers(self) -> Sequence[Header]:
-        return () if self.body is None else self.body.trailers
-
     def take_over(self, protocol: Tunnel, head: bytes) -> asyncio.Transport:
         """Ends HTTP on this connection: `head` is written, `protocol` gets the socket."""
         self.started = self.ended = True
@@ -181,12 +172,3 @@ class Http1Exchange(Exchange):
         if held:
             protocol.data_received(held)
         return transport
-
-    def lose(self) -> None:
-        """The connection is closed."""
-        self.gone = True
-        if self.body is not None:
-            self.body.fail(ClientDisconnected("the client closed the connection while sending"))
-        on_gone, self.on_gone = self.on_gone, None
-        if on_gone is not None and not self.ended:
-            on_gone()

@@ -23,7 +23,7 @@ from hpack import Encoder
 from hyperframe.frame import GoAwayFrame
 
 from gateway.http import h2_guard as guard
-from gateway.http.base import Connection, descriptor, still_sends
+from gateway.http.base import LINGER_S, Connection, descriptor, still_sends
 from gateway.http.body import Body
 from gateway.http.errors import BadRequest
 from gateway.http.h2_exchange import Http2Exchange
@@ -37,10 +37,7 @@ if TYPE_CHECKING:
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _FRAME_HEAD: Final = 9
 # As in h1: how long, and how much of, a closed connection is read, so that GOAWAY arrives.
-_LINGER_S: Final = 2
 _LINGER_BYTES: Final = 1024 * 1024
-# And how long a client may take nothing of what it is still owed.
-_UNREAD_S: Final = 30
 # RFC 7541's default for the table of header fields; a client may allow gigabytes.
 _TABLE: Final = 4_096
 _EVERY_STREAM: Final = 2**31 - 1
@@ -421,7 +418,7 @@ class Http2Connection(Connection):
         transport.write(self._h2.data_to_send())
         self._held = b""
         self._lingering = _LINGER_BYTES
-        self.deadline = self._server.tick + _LINGER_S + 1
+        self.deadline = self._server.tick + LINGER_S + 1
         self._sender.stop()
         if transport.can_write_eof():
             transport.write_eof()
@@ -454,9 +451,8 @@ class Http2Connection(Connection):
             return
         self.deadline = 0
         if self._lingering >= 0:
-            if still_sends(self, transport):
-                patience = min(_UNREAD_S, self._server.limits.keepalive_s)
-                self.deadline = self._server.tick + max(patience, _LINGER_S + 1)
+            idle_s = self._server.limits.keepalive_s
+            if still_sends(self, transport, self._server.tick, idle_s):
                 return
             transport.abort()
         elif self._in_block or not self._streams:

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from gateway.http.body import Body
 from gateway.http.errors import ClientDisconnected
 from gateway.http.exchange import Exchange
 from gateway.http.h2_request import CONNECTION_FIELDS
@@ -33,8 +32,6 @@ class Http2Exchange(Exchange):
         "_left",
         "_pieces",
         "_waiter",
-        "body",
-        "expects",
         "moved",
         "stream",
         "trailers_out",
@@ -44,8 +41,6 @@ class Http2Exchange(Exchange):
     def __init__(self, request: Request, conn: Http2Connection, stream: int) -> None:
         super().__init__(request)
         self.stream = stream
-        self.body: Body | None = None
-        self.expects = False
         self.unsent = 0
         self.moved = conn.server.tick
         self.trailers_out: Sequence[Header] = ()
@@ -157,14 +152,6 @@ class Http2Exchange(Exchange):
             self._conn.acknowledge(self.stream, len(data))
         return data
 
-    @property
-    def body_complete(self) -> bool:
-        return self.body is None or self.body.complete
-
-    @property
-    def trailers(self) -> Sequence[Header]:
-        return () if self.body is None else self.body.trailers
-
     # For the connection
 
     def take(self, size: int) -> bytes | memoryview:
@@ -181,13 +168,8 @@ class Http2Exchange(Exchange):
 
     def lose(self) -> None:
         """The stream or its connection is closed."""
-        self.gone = True
         self._forget()
-        if self.body is not None:
-            self.body.fail(ClientDisconnected("the client closed the connection while sending"))
-        on_gone, self.on_gone = self.on_gone, None
-        if on_gone is not None and not self.ended:
-            on_gone()
+        super().lose()
 
     def _queue(self, data: bytes) -> None:
         if not self.unsent:

@@ -25,8 +25,6 @@ from gateway.http.tls import TlsListener, TlsSource
 
 _SWEEP_S: Final = 1.0
 _BACKLOG: Final = 2_048
-# Of an answer, what waits in memory for a client that reads slowly.
-WRITE_HIGH_WATER: Final = 64 * 1024
 # While draining, how long an idle connection may still bring one more request: a client that sends
 # at the moment we close would lose it.
 _IDLE_GRACE_S: Final = 1.0

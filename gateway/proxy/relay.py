@@ -48,8 +48,7 @@ class RelayResult(NamedTuple):
     `head_ms` and `upstream_ms` count from sending the request upstream: to the head of its answer,
     and to the answer's last byte.
 
-    `error` says why the outcome is not COMPLETE; `headers` are those of the started response, for
-    whoever settles an actual cost by one of them.
+    `error` says why the outcome is not COMPLETE.
     """
 
     status: int
@@ -58,7 +57,6 @@ class RelayResult(NamedTuple):
     upstream_ms: float
     outcome: Outcome
     error: ExchangeError | None = None
-    headers: Sequence[Header] = ()
     head_ms: float = 0.0
 
 
@@ -126,7 +124,7 @@ async def relay(
         if status == 101 and switch is not None:
             await switch(conn)
             ms = run.head_ms(conn)
-            return RelayResult(101, 0, 0, ms, Outcome.COMPLETE, None, conn.headers, ms)
+            return RelayResult(101, 0, 0, ms, Outcome.COMPLETE, None, ms)
         if before_start is not None:
             run.deadline = 0  # the upstream has answered: nobody waits for it
             await before_start(status)
@@ -143,7 +141,7 @@ async def relay(
         if not conn.complete or conn.trailers:
             head_ms = run.head_ms(conn)
             result = await run.stream(exchange, headers, length, body, tap)
-            return result._replace(headers=headers, head_ms=head_ms)
+            return result._replace(head_ms=head_ms)
         head_ms = run.head_ms(conn) if conn.head_at else 0.0
         upstream_ms = run.finish()
         try:
@@ -160,7 +158,6 @@ async def relay(
             upstream_ms,
             Outcome.CLIENT_GONE if exchange.gone else Outcome.COMPLETE,
             None,
-            headers,
             head_ms or upstream_ms,
         )
     finally:

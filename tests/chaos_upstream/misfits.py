@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import socket
 import struct
-import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+
+from tests.support.threaded import ThreadedServer
 
 LARGE = 300_000
 SMALL = 900
@@ -230,35 +231,14 @@ _add_cut("reset-no-framing", b"HTTP/1.1 200 OK\r\n\r\n", 5000, False, "reset")
 ALL = {**WHOLE, **GATEWAY, **CUT, **EMPTY}
 
 
-class Misfits:
-    """A context manager; listens on `port` in a thread of its own. `served` counts by behaviour."""
+class Misfits(ThreadedServer):
+    """`served` counts by behaviour."""
 
     def __init__(self) -> None:
+        super().__init__(limit=1 << 24)
         self.served: Counter[str] = Counter()
         self.executed: Counter[str] = Counter()  # by ID
-        self.port = 0
         self.open = 0
-        self._ready = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Misfits:
-        self._thread.start()
-        assert self._ready.wait(10)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-
-    def _run(self) -> None:
-        async def listen() -> None:
-            server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 24)
-            self.port = server.sockets[0].getsockname()[1]
-            self._ready.set()
-
-        self._loop.create_task(listen())
-        self._loop.run_forever()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open += 1

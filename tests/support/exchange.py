@@ -47,7 +47,3 @@ class RecordingExchange(Exchange):
 
     async def read(self) -> bytes:
         return b""
-
-    @property
-    def body_complete(self) -> bool:
-        return True

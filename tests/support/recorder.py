@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-import threading
 from dataclasses import dataclass, field
+
+from tests.support.threaded import ThreadedServer
 
 _LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (/[\x21-\x7e\x80-\xff]*|\*) HTTP/1\.1\Z")
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+): ([\t\x20-\x7e\x80-\xff]*)\Z")
@@ -36,46 +37,23 @@ class Seen:
         return [value.decode("latin-1") for key, value in self.fields if key == wanted]
 
 
-class Recorder:
-    """A context manager; listens on `port` in a thread of its own.
-
-    Answers 200 with the bytes of the request, or with `answers[target]`, raw, after which it closes
-    the connection; `/wait` waits for `release()`. `requests` is everything that was read, `strays`
-    what nobody should have sent.
+class Recorder(ThreadedServer):
+    """Answers 200 with the bytes of the request, or with `answers[target]`, raw, after which it
+    closes the connection; `/wait` waits for `release()`. `requests` is everything that was read,
+    `strays` what nobody should have sent.
     """
 
     def __init__(self) -> None:
+        super().__init__(_MAX)
         self.requests: list[Seen] = []
         self.strays: list[bytes] = []
         self.answers: dict[str, bytes] = {}
         self.connections = 0
-        self.port = 0
-        self._ready = threading.Event()
-        self._loop = asyncio.new_event_loop()
         self._gate = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Recorder:
-        self._thread.start()
-        assert self._ready.wait(10)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
 
     def release(self) -> None:
         """Lets all that waits be answered, now and later."""
         self._loop.call_soon_threadsafe(self._gate.set)
-
-    def _run(self) -> None:
-        async def listen() -> None:
-            server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=_MAX)
-            self.port = server.sockets[0].getsockname()[1]
-            self._ready.set()
-
-        self._loop.create_task(listen())
-        self._loop.run_forever()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
