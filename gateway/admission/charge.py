@@ -59,17 +59,22 @@ class Charge:
         entry, self._entry = self._entry, b""
         if held is not None:
             try:
-                await self._settler.confirm(held)
+                await self._confirm(held)
             except ReservationLost:
                 raise  # a state that was lost or restored: there is nothing to confirm later either
-            except StoreUnavailableError:
-                try:
-                    await self._outage.write(confirmed(held.subject, held.id))
-                except StoreUnavailableError:
-                    self._settler.refund(held)  # it is not served
-                    raise
+            except BaseException:  # also where the worker ends while this waits
+                self._settler.refund(held)  # it is not served
+                raise
         elif entry:
             await self._outage.write(entry)
+
+    async def _confirm(self, held: Reservation) -> None:
+        try:
+            await self._settler.confirm(held)
+        except ReservationLost:
+            raise
+        except StoreUnavailableError:
+            await self._outage.write(confirmed(held.subject, held.id))
 
     def give_back(self) -> None:
         """There is no answer to charge for; nothing to do once it was charged."""

@@ -191,16 +191,23 @@ class Settler:
     def _keep(self, operations: list[Operation], found: list[Settled]) -> None:
         """What is to be tried again. `found` is empty when Redis did not answer."""
         kept: list[Operation] = []
+        untold: set[str] = set()
         for at, operation in enumerate(operations):
+            settled = found[at] if found else Settled.COLD
             if operation.kind is Kind.COST:
-                settled = found[at] if found else Settled.COLD
                 if settled is Settled.GONE:
                     # Redis lost it, or it was settled already by a call whose answer was lost.
                     _log.info("cost_of_no_reservation", subject=operation.subject, id=operation.id)
                 elif settled in _UNSETTLED and not (self._spill and self._spill(operation)):
                     kept.append(operation)
-            elif operation.kind is Kind.REFUND and not found:
+            elif operation.kind is Kind.REFUND and settled in _UNSETTLED:
                 kept.append(operation)
+            elif operation.kind is Kind.PROGRESS and settled in _UNSETTLED:
+                untold.add(operation.id)
+        if untold:  # an answer that has paused would not tell it again
+            for held in self._held:
+                if held.id in untold:
+                    held.told = ()
         if kept:
             self._again = (self._again + kept)[:_MAX_AGAIN]
             self._watch()

@@ -72,6 +72,40 @@ def test_it_is_sent_again_until_redis_is_back(valkey: str, database: str) -> Non
     asyncio.run(main())
 
 
+def test_how_far_an_answer_has_come_is_told_again_although_it_pauses(
+    valkey: str, database: str
+) -> None:
+    rule = ActualCost("credits", 2, 500, bytes_per=1, on_abort=OnAbort.STREAMED)
+    route = Route("r", "/r", "api", costs={"credits": 500}, actual=(rule,))
+
+    async def main() -> None:
+        async with stack(valkey, database, PLAN) as s:
+            charge = await admit(s, "s", route)
+            tap = charge.tap("req")
+            assert tap is not None
+            await charge.answered(200)
+            run, s.settler._run = s.settler._run, lambda: None
+            tap.head(200, [])
+            tap.piece(b"x" * 70)  # and nothing more
+            (held,) = s.settler._held
+            asked = 0
+
+            def progress() -> Operation:
+                nonlocal asked
+                asked += 1
+                return told()
+
+            assert held.progress is not None
+            told, held.progress = held.progress, progress
+            await wait_until_async(lambda: asked >= 2, what="a report that Redis did not take")
+            assert await total(s, "s") == 500
+            s.settler._run = run
+            await wait_until_async(lambda: _is(total(s, "s"), 7_000))
+            charge.give_back()
+
+    asyncio.run(main())
+
+
 def test_it_waits_for_a_ledger_that_has_its_hour(valkey: str, database: str) -> None:
     async def main() -> None:
         async with stack(valkey, database, PLAN) as s:

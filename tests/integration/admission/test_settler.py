@@ -16,7 +16,7 @@ from core.policy import PeriodKind, Quota
 from gateway.admission.charge import Charge
 from gateway.admission.settler import ReservationLost
 from tests.integration.admission.stack import Stack, Subscription, stack
-from tests.support import free_port
+from tests.support import free_port, wait_until_async
 from tests.support.scripts import plan_of
 
 PLAN = plan_of(Quota("monthly", "requests", 10**6, PeriodKind.BILLING))
@@ -107,3 +107,63 @@ def test_one_subject_that_cannot_be_restored_fails_no_other_answer(
             ]
 
     asyncio.run(main())
+
+
+def test_a_refund_that_finds_its_subject_unverified_is_tried_again(
+    valkey: str, database: str
+) -> None:
+    async def main() -> None:
+        async with stack(valkey, database, PLAN) as s:
+            charge = await admit(s, "s")
+            await s.store._client.hset(s.keyspace.state("s"), "run", "before")
+            restore, tried = s.seeder.restore, 0
+
+            async def away(*_: Any) -> None:
+                nonlocal tried
+                tried += 1
+                raise StoreUnavailableError("Postgres does not answer")
+
+            s.seeder.restore = away  # type: ignore[method-assign]
+            charge.give_back()
+            await wait_until_async(lambda: tried >= 1, what="the first try")
+            assert "v:id-s" in await state(s, "s")
+            s.seeder.restore = restore  # type: ignore[method-assign]
+            await wait_until_async(lambda: _is_given_back(s, "s"), what="the refund")
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_is_cut_off_while_its_charge_waits_is_given_back(
+    valkey: str, database: str
+) -> None:
+    async def main() -> None:
+        async with stack(valkey, database, PLAN) as s:
+            first, cut = await admit(s, "a"), await admit(s, "b")
+            settle, begun, goes_on = s.settlement.settle, asyncio.Event(), asyncio.Event()
+
+            async def held_up(operations: Any, run: str) -> Any:
+                if begun.is_set():
+                    return await settle(operations, run)
+                begun.set()
+                await goes_on.wait()
+                return await settle(operations, run)
+
+            s.settlement.settle = held_up  # type: ignore[method-assign]
+            served = asyncio.create_task(first.answered(200))
+            await begun.wait()
+            waits = asyncio.create_task(cut.answered(200))
+            await asyncio.sleep(0)
+            waits.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waits
+            goes_on.set()
+            await served
+            await wait_until_async(lambda: _is_given_back(s, "b"), what="the refund")
+            assert (await state(s, "a"))["m:requests"].split()[0] == "1"
+
+    asyncio.run(main())
+
+
+async def _is_given_back(s: Stack, subject: str) -> bool:
+    found = await state(s, subject)
+    return f"v:id-{subject}" not in found and found["m:requests"].split()[0] == "0"
